@@ -1,0 +1,168 @@
+"""Every setting of a run, as frozen dataclasses. Knows no torch.
+
+The sentence in a field's metadata feeds `--help` and the configuration reference.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+InnerMode = Literal["meta", "first_order", "naive", "off"]
+MemoryPolicy = Literal["recompute", "save_activations", "save_all"]
+Precision = Literal["fp32", "bf16", "fp64"]
+
+
+def setting(default: Any, text: str) -> Any:
+    """A dataclass field with a default and one sentence of help."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Shapes and initialisation of the network."""
+
+    vocab_size: int | None = setting(
+        None, "Rows of the embedding; None takes the prepared data's tokenizer."
+    )
+    num_layers: int = setting(12, "Blocks in all.")
+    num_suffix_layers: int = setting(
+        3, "Last blocks that hold a prime MLP; 0 is a plain transformer."
+    )
+    hidden_size: int = setting(768, "Width of the residual stream.")
+    num_heads: int = setting(12, "Query heads.")
+    num_kv_heads: int | None = setting(
+        None, "Key and value heads (grouped-query attention); None equals num_heads."
+    )
+    ffn_hidden_size: int = setting(1664, "Width of the static SwiGLU MLP.")
+    prime_ffn_hidden_size: int | None = setting(
+        None, "Width of the prime MLP, whose weights are the fast weights; None equals ffn_hidden_size."
+    )
+    window_size: int | None = setting(
+        8192, "Keys a query sees, itself included; None is full attention."
+    )
+    rope_theta: float = setting(500_000.0, "Base of the rotary frequencies.")
+    norm_eps: float = setting(1e-6, "Epsilon inside the root of RMSNorm.")
+    tie_embeddings: bool = setting(True, "Use the embedding as the output head.")
+    init_std: float = setting(0.02, "Standard deviation of the matrices at initialisation.")
+    embedding_init_std: float | None = setting(None, "The embedding's; None equals init_std.")
+    prime_init_std: float | None = setting(None, "The prime MLPs'; None equals init_std.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InnerConfig:
+    """The inner loop: one clipped SGD step on the fast weights after every chunk."""
+
+    mode: InnerMode = setting(
+        "meta",
+        "meta: train through the inner steps; first_order: the same, inner gradients held constant; "
+        "naive: train without inner steps, evaluate with them; off: no inner steps anywhere.",
+    )
+    chunk_size: int = setting(1024, "Tokens read between two inner steps.")
+    lr: float = setting(1.0, "Inner learning rate, fully warmed.")
+    clip: float = setting(1.0, "L2 norm the inner gradient is clipped to, per sequence; 0 is off.")
+    lr_start: float = setting(1.0, "Inner learning rate before its warm-up.")
+    lr_warmup_fraction: float = setting(
+        0.0, "Share of the outer steps over which the inner learning rate rises from lr_start to lr."
+    )
+    memory_policy: MemoryPolicy = setting(
+        "recompute",
+        "What the forward sweep keeps for the reverse sweep: nothing, activations, or those and their adjoints.",
+    )
+    two_level: bool = setting(
+        False, "Keep fast weights at segment starts only and rerun the forward sweep per segment."
+    )
+    segment_chunks: int | None = setting(
+        None, "Chunks a segment with two_level; None is the square root of the chunk count."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is read, and how it is cut into sequences."""
+
+    path: str = setting("", "Folder written by `ttt-megatron prepare`.")
+    sequence_length: int = setting(8192, "Tokens a sequence.")
+    packing: Literal["concatenate", "spans"] = setting(
+        "concatenate",
+        "concatenate: documents one after the other, cut anywhere; spans: sequences within one document, "
+        "from documents long enough to hold one.",
+    )
+    seed: int = setting(0, "Seed of the shuffle.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """Outer AdamW and its schedule."""
+
+    lr: float = setting(3e-3, "Peak learning rate.")
+    end_lr: float = setting(1e-5, "Learning rate at the end of the cosine.")
+    warmup_fraction: float = setting(0.1, "Share of the steps over which the rate rises from 0.")
+    beta1: float = setting(0.9, "Decay of Adam's first moment.")
+    beta2: float = setting(0.95, "Decay of Adam's second moment.")
+    eps: float = setting(1e-8, "Adam's epsilon, outside the root.")
+    weight_decay: float = setting(0.1, "Decoupled weight decay, times the learning rate.")
+    decay: Literal["all", "matrices"] = setting("all", "Parameters that decay.")
+    clip_grad: float = setting(1.0, "Global norm the outer gradient is clipped to; 0 is off.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How many processes share the work, and how."""
+
+    data: int = setting(1, "Data-parallel processes.")
+    overlap_grad_reduce: bool = setting(
+        False, "Reduce gradients while the backward pass still runs."
+    )
+    overlap_param_gather: bool = setting(
+        False, "Gather updated parameters while the next forward pass runs."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """The outer loop."""
+
+    steps: int = setting(1000, "Outer steps.")
+    global_batch_size: int = setting(8, "Sequences a step, over all processes.")
+    micro_batch_size: int = setting(8, "Sequences a process holds at once.")
+    precision: Precision = setting(
+        "fp32", "Compute dtype; parameters and fast weights are float32 (fp64: everything float64)."
+    )
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "Where to compute.")
+    seed: int = setting(1, "Seed of the initialisation.")
+    recompute_prefix: bool = setting(False, "Recompute prefix blocks in the backward pass.")
+    init_from: str | None = setting(
+        None, "Checkpoint or run folder whose weights start this run, with a fresh schedule."
+    )
+    output: str = setting("runs/default", "Folder of checkpoints, plots and logs.")
+    save_interval: int = setting(500, "Steps between checkpoints; the last step is always saved.")
+    keep_last: int = setting(2, "Checkpoints kept, the newest first.")
+    milestone_interval: int = setting(0, "Checkpoints at multiples of this stay for good; 0 is none.")
+    log_interval: int = setting(10, "Steps between log lines.")
+    eval_interval: int = setting(0, "Steps between evaluations; 0 evaluates at the end only.")
+    eval_sequences: int = setting(16, "Validation sequences an evaluation during training reads; 0 is none.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingConfig:
+    """Where a run is followed."""
+
+    mlflow: bool = setting(True, "Log to MLflow.")
+    tracking_uri: str | None = setting(
+        None, "MLflow store; None takes MLFLOW_TRACKING_URI, else SQLite beside the run's folder."
+    )
+    experiment: str = setting("ttt-megatron", "MLflow experiment.")
+    progress: bool = setting(True, "Show a progress bar.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A whole run: what a recipe describes."""
+
+    name: str = setting("run", "Name of the run.")
+    model: ModelConfig = field(default_factory=ModelConfig)
+    inner: InnerConfig = field(default_factory=InnerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
