@@ -34,7 +34,8 @@ class ModelConfig:
     )
     ffn_hidden_size: int = setting(1664, "Width of the static SwiGLU MLP.")
     prime_ffn_hidden_size: int | None = setting(
-        None, "Width of the prime MLP, whose weights are the fast weights; None equals ffn_hidden_size."
+        None,
+        "Width of the prime MLP, whose weights are the fast weights; None equals ffn_hidden_size.",
     )
     window_size: int | None = setting(
         8192, "Keys a query sees, itself included; None is full attention."
@@ -53,19 +54,22 @@ class InnerConfig:
 
     mode: InnerMode = setting(
         "meta",
-        "meta: train through the inner steps; first_order: the same, inner gradients held constant; "
-        "naive: train without inner steps, evaluate with them; off: no inner steps anywhere.",
+        "meta: train through the inner steps; first_order: the same, inner gradients held "
+        "constant; naive: train without inner steps, evaluate with them; off: no inner steps "
+        "anywhere.",
     )
     chunk_size: int = setting(1024, "Tokens read between two inner steps.")
     lr: float = setting(1.0, "Inner learning rate, fully warmed.")
     clip: float = setting(1.0, "L2 norm the inner gradient is clipped to, per sequence; 0 is off.")
     lr_start: float = setting(1.0, "Inner learning rate before its warm-up.")
     lr_warmup_fraction: float = setting(
-        0.0, "Share of the outer steps over which the inner learning rate rises from lr_start to lr."
+        0.0,
+        "Share of the outer steps over which the inner learning rate rises from lr_start to lr.",
     )
     memory_policy: MemoryPolicy = setting(
         "recompute",
-        "What the forward sweep keeps for the reverse sweep: nothing, activations, or those and their adjoints.",
+        "What the forward sweep keeps for the reverse sweep: nothing, activations, "
+        "or those and their adjoints.",
     )
     two_level: bool = setting(
         False, "Keep fast weights at segment starts only and rerun the forward sweep per segment."
@@ -83,8 +87,8 @@ class DataConfig:
     sequence_length: int = setting(8192, "Tokens a sequence.")
     packing: Literal["concatenate", "spans"] = setting(
         "concatenate",
-        "concatenate: documents one after the other, cut anywhere; spans: sequences within one document, "
-        "from documents long enough to hold one.",
+        "concatenate: documents one after the other, cut anywhere; spans: sequences within one "
+        "document, from documents long enough to hold one.",
     )
     seed: int = setting(0, "Seed of the shuffle.")
 
@@ -136,10 +140,14 @@ class TrainingConfig:
     output: str = setting("runs/default", "Folder of checkpoints, plots and logs.")
     save_interval: int = setting(500, "Steps between checkpoints; the last step is always saved.")
     keep_last: int = setting(2, "Checkpoints kept, the newest first.")
-    milestone_interval: int = setting(0, "Checkpoints at multiples of this stay for good; 0 is none.")
+    milestone_interval: int = setting(
+        0, "Checkpoints at multiples of this stay for good; 0 is none."
+    )
     log_interval: int = setting(10, "Steps between log lines.")
     eval_interval: int = setting(0, "Steps between evaluations; 0 evaluates at the end only.")
-    eval_sequences: int = setting(16, "Validation sequences an evaluation during training reads; 0 is none.")
+    eval_sequences: int = setting(
+        16, "Validation sequences an evaluation during training reads; 0 is none."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,94 @@
+"""The command line: finds the subcommand, imports it alone, runs it, turns errors into exits."""
+
+import argparse
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from ttt_megatron import __version__
+from ttt_megatron.errors import UserError
+
+# A static table, so that --help imports no subcommand and with it no torch.
+# Each module has NAME, HELP, EPILOG, add_arguments(parser) and run(args) -> exit status.
+COMMANDS = {
+    "prepare": ("ttt_megatron.cli.prepare", "Turn text into shards of tokens."),
+    "train": ("ttt_megatron.cli.train", "Train a model, or go on where a run stopped."),
+    "evaluate": ("ttt_megatron.cli.evaluate", "Measure held-out loss by token position."),
+    "generate": ("ttt_megatron.cli.generate", "Read a prompt and continue it."),
+    "config": ("ttt_megatron.cli.config", "Print a recipe, resolved, or the reference of keys."),
+    "parameters": ("ttt_megatron.cli.parameters", "Count a model's parameters."),
+    "demo-report": ("ttt_megatron.cli.demo_report", "Put the demo's results together."),
+}
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+EXIT_BROKEN_PIPE = 141
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs `argv` (default: the process's arguments) and returns the exit status.
+
+    0 is success, 2 an error that the user can fix, 130 an interrupt; subcommands may return others.
+    """
+    parser = _main_parser()
+    arguments = parser.parse_args(argv)
+    if arguments.command is None:
+        parser.print_help(sys.stderr)
+        return EXIT_USER_ERROR
+    try:
+        if arguments.command not in COMMANDS:
+            raise UserError(_unknown_command(arguments.command))
+        return _run(arguments.command, arguments.arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader left, as `head` does. What is still buffered must not fail once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
+
+
+def _main_parser() -> argparse.ArgumentParser:
+    width = max(map(len, COMMANDS))
+    table = "\n".join(f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="ttt-megatron",
+        usage="ttt-megatron [-h] [--version] COMMAND ...",
+        description="Trains, evaluates and runs TTT-E2E language models.",
+        epilog=f"commands:\n{table}\n\n`ttt-megatron COMMAND --help` explains one.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"ttt-megatron {__version__}")
+    parser.add_argument("command", nargs="?", metavar="COMMAND", help=argparse.SUPPRESS)
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    return parser
+
+
+def _unknown_command(name: str) -> str:
+    near = difflib.get_close_matches(name, COMMANDS, n=1)
+    hint = f"did you mean {near[0]}?" if near else "the commands are " + ", ".join(COMMANDS) + "."
+    return f"there is no command {name}; {hint}"
+
+
+def _run(name: str, argv: Sequence[str]) -> int:
+    module = importlib.import_module(COMMANDS[name][0])
+    parser = argparse.ArgumentParser(
+        prog=f"ttt-megatron {name}",
+        description=module.HELP,
+        epilog=module.EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    module.add_arguments(parser)
+    # Intermixed, so that `train RECIPE --option x key=value` reads the override too.
+    status: int = module.run(parser.parse_intermixed_args(argv))
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

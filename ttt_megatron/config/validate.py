@@ -1,0 +1,191 @@
+"""What no run can have: each impossible value is refused in one sentence before anything starts."""
+
+from collections.abc import Iterator
+
+from ttt_megatron.config.schema import (
+    InnerConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    TrainingConfig,
+)
+from ttt_megatron.errors import UserError
+
+_POSITIVE = (
+    "model.vocab_size",
+    "model.num_layers",
+    "model.hidden_size",
+    "model.num_heads",
+    "model.num_kv_heads",
+    "model.ffn_hidden_size",
+    "model.prime_ffn_hidden_size",
+    "model.window_size",
+    "model.rope_theta",
+    "model.norm_eps",
+    "model.init_std",
+    "model.embedding_init_std",
+    "model.prime_init_std",
+    "inner.chunk_size",
+    "inner.lr",
+    "inner.segment_chunks",
+    "data.sequence_length",
+    "optimizer.lr",
+    "optimizer.eps",
+    "parallel.data",
+    "training.steps",
+    "training.global_batch_size",
+    "training.micro_batch_size",
+    "training.save_interval",
+    "training.keep_last",
+    "training.log_interval",
+)
+_NOT_NEGATIVE = (
+    "model.num_suffix_layers",
+    "inner.clip",
+    "inner.lr_start",
+    "data.seed",
+    "optimizer.end_lr",
+    "optimizer.weight_decay",
+    "optimizer.clip_grad",
+    "training.seed",
+    "training.milestone_interval",
+    "training.eval_interval",
+    "training.eval_sequences",
+)
+_FRACTIONS = ("inner.lr_warmup_fraction", "optimizer.warmup_fraction")
+_NOT_EMPTY = ("name", "training.output", "training.init_from", "tracking.experiment")
+
+
+def validate(config: RunConfig, source: str = "configuration") -> None:
+    """Raises UserError at the first impossible value, naming `source`, the keys and the values."""
+    for problem in _problems(config):
+        raise UserError(f"{source}: {problem}.")
+
+
+def _problems(config: RunConfig) -> Iterator[str]:
+    # Ranges come first: the relations below divide by sizes.
+    yield from _ranges(config)
+    yield from _model(config.model)
+    yield from _inner(config.inner, config.model, config.data.sequence_length)
+    yield from _optimizer(config.optimizer)
+    yield from _batch(config.training, config.parallel.data)
+    if config.parallel.overlap_param_gather and not config.parallel.overlap_grad_reduce:
+        yield (
+            "parallel.overlap_param_gather = true needs parallel.overlap_grad_reduce = true; "
+            "set both or neither"
+        )
+
+
+def _value(config: RunConfig, name: str) -> float | str | None:
+    value: object = config
+    for part in name.split("."):
+        value = getattr(value, part)
+    assert value is None or isinstance(value, float | int | str)
+    return value
+
+
+def _ranges(config: RunConfig) -> Iterator[str]:
+    def numbers(names: tuple[str, ...]) -> Iterator[tuple[str, float]]:
+        for name in names:
+            value = _value(config, name)
+            if value is not None:
+                assert not isinstance(value, str)
+                yield name, value
+
+    for name, value in numbers(_POSITIVE):
+        if value <= 0:
+            hint = "; to run without inner steps set inner.mode=off" if name == "inner.lr" else ""
+            yield f"{name} = {value} must be greater than 0{hint}"
+    for name, value in numbers(_NOT_NEGATIVE):
+        if value < 0:
+            yield f"{name} = {value} must not be negative"
+    for name, value in numbers(_FRACTIONS):
+        if not 0 <= value <= 1:
+            yield f"{name} = {value} is a share of the steps and must lie between 0 and 1"
+    for name in _NOT_EMPTY:
+        if _value(config, name) == "":
+            yield f"{name} is empty; give it a value"
+
+
+def _model(model: ModelConfig) -> Iterator[str]:
+    width, heads, kv_heads = model.hidden_size, model.num_heads, model.num_kv_heads
+    if width % heads:
+        yield (
+            f"model.num_heads = {heads} does not divide model.hidden_size = {width}; "
+            "choose a number of heads that does"
+        )
+    elif (width // heads) % 2:
+        yield (
+            f"model.hidden_size = {width} over model.num_heads = {heads} gives heads of the odd "
+            f"width {width // heads}, and rotary embedding turns pairs; choose an even width a head"
+        )
+    if kv_heads is not None and heads % kv_heads:
+        yield (
+            f"model.num_kv_heads = {kv_heads} does not divide model.num_heads = {heads}; "
+            "choose a divisor, or null for as many as query heads"
+        )
+    if model.num_suffix_layers > model.num_layers:
+        yield (
+            f"model.num_suffix_layers = {model.num_suffix_layers} is more than "
+            f"model.num_layers = {model.num_layers}; the suffix is part of the model, shorten it"
+        )
+
+
+def _inner(inner: InnerConfig, model: ModelConfig, sequence_length: int) -> Iterator[str]:
+    chunk = inner.chunk_size
+    if sequence_length % chunk:
+        yield (
+            f"inner.chunk_size = {chunk} does not divide data.sequence_length = {sequence_length}; "
+            "the loss is a mean over whole chunks, choose a divisor"
+        )
+    if inner.mode != "off":
+        if model.num_suffix_layers == 0:
+            yield (
+                f"inner.mode = {inner.mode} needs prime MLPs, and model.num_suffix_layers = 0 "
+                "gives none; set inner.mode=off or a suffix"
+            )
+        elif model.window_size is not None and model.window_size < chunk:
+            yield (
+                f"model.window_size = {model.window_size} is less than inner.chunk_size = {chunk}, "
+                "so a chunk would not see itself whole before its inner step; widen the window "
+                "or shorten the chunk"
+            )
+    if inner.segment_chunks is not None:
+        chunks = sequence_length // chunk
+        if not inner.two_level:
+            yield (
+                f"inner.segment_chunks = {inner.segment_chunks} has no effect without "
+                "inner.two_level = true; set that, or leave segment_chunks out"
+            )
+        elif inner.segment_chunks > chunks:
+            yield (
+                f"inner.segment_chunks = {inner.segment_chunks} is more than the {chunks} chunks "
+                f"of inner.chunk_size = {chunk} in data.sequence_length = {sequence_length}; "
+                "choose fewer, or null for the square root"
+            )
+
+
+def _optimizer(optimizer: OptimizerConfig) -> Iterator[str]:
+    for name, beta in (("beta1", optimizer.beta1), ("beta2", optimizer.beta2)):
+        if not 0 <= beta < 1:
+            yield f"optimizer.{name} = {beta} must be at least 0 and less than 1"
+    if optimizer.end_lr > optimizer.lr:
+        yield (
+            f"optimizer.end_lr = {optimizer.end_lr} is above optimizer.lr = {optimizer.lr}, and "
+            "the cosine only falls; lower end_lr (equal values give a constant rate)"
+        )
+    if optimizer.warmup_fraction == 1:
+        yield (
+            "optimizer.warmup_fraction = 1.0 leaves no step for the cosine after the warm-up; "
+            "choose less than 1"
+        )
+
+
+def _batch(training: TrainingConfig, data_parallel: int) -> Iterator[str]:
+    held = training.micro_batch_size * data_parallel
+    if training.global_batch_size % held:
+        yield (
+            f"training.global_batch_size = {training.global_batch_size} is not a multiple of "
+            f"training.micro_batch_size = {training.micro_batch_size} times "
+            f"parallel.data = {data_parallel}, that is {held}; change one of the three"
+        )
