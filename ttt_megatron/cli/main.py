@@ -39,7 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments.command not in COMMANDS:
             raise UserError(_unknown_command(arguments.command))
-        return _run(arguments.command, arguments.arguments)
+        status = _run(arguments.command, arguments.arguments)
+        sys.stdout.flush()
+        return status
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR

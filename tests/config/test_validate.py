@@ -1,0 +1,108 @@
+"""Impossible values are refused, their neighbours are not."""
+
+import pytest
+
+from ttt_megatron.config import from_dict, load_recipe
+from ttt_megatron.errors import UserError
+
+SMALL = (
+    "model.num_layers=4",
+    "model.num_suffix_layers=1",
+    "model.hidden_size=64",
+    "model.num_heads=2",
+    "model.window_size=64",
+    "data.sequence_length=256",
+    "inner.chunk_size=32",
+)
+
+
+@pytest.fixture
+def resolve(tmp_path):
+    path = tmp_path / "small.yaml"
+    path.write_text("")
+
+    def load(*overrides: str):
+        return load_recipe(path, [*SMALL, *overrides])
+
+    return load
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["inner.chunk_size=48"],
+        ["model.num_heads=3"],
+        ["model.hidden_size=30", "model.num_heads=2"],
+        ["model.num_heads=4", "model.num_kv_heads=3"],
+        ["model.window_size=31"],
+        ["model.num_suffix_layers=5"],
+        ["model.num_suffix_layers=0"],
+        ["model.num_suffix_layers=0", "inner.mode=naive"],
+        ["model.num_suffix_layers=-1", "inner.mode=off"],
+        ["training.global_batch_size=6", "training.micro_batch_size=4"],
+        ["training.global_batch_size=8", "training.micro_batch_size=4", "parallel.data=4"],
+        ["inner.segment_chunks=2"],
+        ["inner.segment_chunks=9", "inner.two_level=true"],
+        ["inner.segment_chunks=0", "inner.two_level=true"],
+        ["inner.lr=0"],
+        ["inner.clip=-1"],
+        ["inner.lr_warmup_fraction=1.1"],
+        ["optimizer.lr=0"],
+        ["optimizer.lr=0.001", "optimizer.end_lr=0.002"],
+        ["optimizer.beta1=1"],
+        ["optimizer.beta2=-0.1"],
+        ["optimizer.warmup_fraction=-0.1"],
+        ["optimizer.warmup_fraction=1"],
+        ["optimizer.clip_grad=-1"],
+        ["optimizer.weight_decay=-1"],
+        ["model.init_std=0"],
+        ["model.vocab_size=0"],
+        ["training.steps=0"],
+        ["training.keep_last=0"],
+        ["training.micro_batch_size=0"],
+        ["training.log_interval=0"],
+        ["training.output="],
+        ["parallel.data=0"],
+        ["parallel.overlap_param_gather=true"],
+    ],
+)
+def test_impossible_values_are_refused_by_name_and_value(resolve, overrides):
+    with pytest.raises(UserError) as caught:
+        resolve(*overrides)
+    key, _, value = overrides[0].partition("=")
+    message = str(caught.value)
+    assert any(override.partition("=")[0] in message for override in overrides)
+    assert key in message
+    assert value in message
+    assert message.endswith(".")
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["model.window_size=32"],
+        ["model.window_size=null"],
+        ["model.window_size=16", "inner.mode=off"],
+        ["model.num_suffix_layers=4"],
+        ["model.num_suffix_layers=0", "inner.mode=off"],
+        ["model.num_kv_heads=1"],
+        ["inner.segment_chunks=8", "inner.two_level=true"],
+        ["inner.two_level=true", "inner.memory_policy=save_all"],
+        ["inner.clip=0"],
+        ["inner.lr_start=0", "inner.lr_warmup_fraction=1"],
+        ["optimizer.lr=1e-5", "optimizer.end_lr=1e-5"],
+        ["optimizer.warmup_fraction=0", "optimizer.beta1=0"],
+        ["training.steps=1", "training.eval_sequences=0"],
+        ["training.global_batch_size=8", "training.micro_batch_size=2", "parallel.data=4"],
+        ["parallel.overlap_param_gather=true", "parallel.overlap_grad_reduce=true"],
+    ],
+)
+def test_values_at_the_edge_are_possible(resolve, overrides):
+    resolve(*overrides)
+
+
+def test_dictionaries_are_validated_too():
+    with pytest.raises(UserError, match=r"step-7: training\.steps = 0 must be greater than 0"):
+        from_dict({"training": {"steps": 0}}, source="step-7")
