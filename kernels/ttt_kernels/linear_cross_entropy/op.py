@@ -1,0 +1,173 @@
+"""Output head and cross-entropy, tile by tile over tokens; logits never outlive their tile.
+
+Gradients are formed together with the loss, scaled by its cotangent later. On a pair, with
+per-token weights A of the loss and B of its directional derivative, z = hMᵀ, ż = ḣMᵀ,
+p = softmax(z):
+
+    S = Σ A·nll + B·(⟨p, ż⟩ − ż_t)
+    z̄ = A (p − 1_t) + B p∘(ż − ⟨p, ż⟩)          ż̄ = B (p − 1_t)
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ttt_kernels.dtypes import accumulation_dtype
+from ttt_kernels.linear_cross_entropy.reference import linear_cross_entropy_reference
+from ttt_kernels.mode import uses_plain_definitions
+
+MAX_TILE_ELEMENTS = 1 << 21
+
+
+def _token_tiles(tokens: int, vocabulary: int) -> Iterator[slice]:
+    rows = max(1, MAX_TILE_ELEMENTS // vocabulary)
+    for start in range(0, tokens, rows):
+        yield slice(start, min(start + rows, tokens))
+
+
+def _softmax_nll(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Probabilities (in place of the logits) and nll [rows]."""
+    lse = logits.logsumexp(dim=-1, keepdim=True)
+    nll = (lse - logits.gather(-1, targets.unsqueeze(-1))).squeeze(-1)
+    return logits.sub_(lse).exp_(), nll
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        token_weights: Tensor,
+        needs_grad: bool,
+    ) -> tuple[Tensor, Tensor]:
+        wide = accumulation_dtype(hidden.dtype)
+        matrix = weight.to(hidden.dtype)
+        nll = torch.empty(hidden.shape[0], dtype=wide, device=hidden.device)
+        want_hidden = needs_grad and ctx.needs_input_grad[0]
+        want_weight = needs_grad and ctx.needs_input_grad[1]
+        d_hidden = torch.empty_like(hidden) if want_hidden else None
+        d_weight = torch.zeros_like(weight, dtype=wide) if want_weight else None
+        for rows in _token_tiles(hidden.shape[0], weight.shape[0]):
+            logits = torch.mm(hidden[rows], matrix.mT).to(wide)
+            p, nll[rows] = _softmax_nll(logits, targets[rows])
+            if not (want_hidden or want_weight):
+                continue
+            p.scatter_add_(
+                -1, targets[rows].unsqueeze(-1), -torch.ones_like(nll[rows]).unsqueeze(-1)
+            )
+            d_logits = p.mul_(token_weights[rows].unsqueeze(-1)).to(hidden.dtype)
+            if d_hidden is not None:
+                torch.mm(d_logits, matrix, out=d_hidden[rows])
+            if d_weight is not None:
+                d_weight += torch.mm(d_logits.mT, hidden[rows])
+        ctx.gradients = d_hidden, d_weight
+        ctx.weight_dtype = weight.dtype
+        ctx.mark_non_differentiable(nll)
+        return (nll * token_weights).sum(), nll
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        d_hidden, d_weight = ctx.gradients
+        ctx.gradients = None
+        if d_hidden is not None:
+            d_hidden = d_hidden.mul_(d_loss)
+        if d_weight is not None:
+            d_weight = d_weight.mul_(d_loss).to(ctx.weight_dtype)
+        return d_hidden, d_weight, None, None, None
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(Σ_t token_weights_t · nll_t, nll) of the logits hidden @ weightᵀ.
+
+    Shapes: hidden [..., H], weight [V, H], targets [...] int64, token_weights [...]; a scalar,
+    differentiable in hidden and weight, and nll [...] for reports. Both float32, or float64 for
+    float64 input. Backward may run once.
+    """
+    if uses_plain_definitions():
+        return linear_cross_entropy_reference(hidden, weight, targets, token_weights)
+    loss, nll = _LinearCrossEntropy.apply(
+        hidden.flatten(0, -2),
+        weight,
+        targets.flatten(),
+        token_weights.flatten(),
+        torch.is_grad_enabled(),
+    )
+    return loss, nll.view(targets.shape)
+
+
+class _LinearCrossEntropyPair(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        pair: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        loss_weights: Tensor,
+        derivative_weights: Tensor,
+        dot_adjoint: Tensor | None,
+    ) -> Tensor:
+        wide = accumulation_dtype(pair.dtype)
+        matrix = weight.to(pair.dtype)
+        grad = torch.empty_like(pair, memory_format=torch.contiguous_format)
+        d_weight = torch.zeros_like(weight, dtype=wide)
+        total = torch.zeros((), dtype=wide, device=pair.device)
+        for rows in _token_tiles(pair.shape[1], weight.shape[0]):
+            a, b = loss_weights[rows].unsqueeze(-1), derivative_weights[rows].unsqueeze(-1)
+            target = targets[rows].unsqueeze(-1)
+            p, nll = _softmax_nll(torch.mm(pair[0, rows], matrix.mT).to(wide), targets[rows])
+            dot_logits = torch.mm(pair[1, rows], matrix.mT).to(wide)
+            mean = torch.linalg.vecdot(p, dot_logits).unsqueeze(-1)
+            dot_nll = mean - dot_logits.gather(-1, target)
+            total += (a.squeeze(-1) * nll).sum() + (b * dot_nll).sum()
+            d_logits = torch.mul(dot_logits.sub_(mean).mul_(b).add_(a), p)
+            d_logits.scatter_add_(-1, target, -a)
+            d_dot_logits = p.mul_(b).scatter_add_(-1, target, -b).to(pair.dtype)
+            d_logits = d_logits.to(pair.dtype)
+            torch.mm(d_logits, matrix, out=grad[0, rows])
+            if dot_adjoint is None:
+                torch.mm(d_dot_logits, matrix, out=grad[1, rows])
+            d_weight += torch.mm(d_logits.mT, pair[0, rows]).addmm_(d_dot_logits.mT, pair[1, rows])
+        if dot_adjoint is not None:
+            grad[1].copy_(dot_adjoint)
+        ctx.gradients = grad, d_weight
+        ctx.weight_dtype = weight.dtype
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor | None, ...]:
+        grad, d_weight = ctx.gradients
+        ctx.gradients = None
+        return grad.mul_(d_total), d_weight.mul_(d_total).to(ctx.weight_dtype), *[None] * 4
+
+
+def linear_cross_entropy_pair(
+    pair: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    loss_weights: Tensor,
+    derivative_weights: Tensor,
+    dot_adjoint: Tensor | None = None,
+) -> Tensor:
+    """Σ_t loss_weights_t · nll_t + derivative_weights_t · (d nll_t along the pair's tangent).
+
+    Shapes: pair [2, ..., H], weight [V, H], targets, loss_weights and derivative_weights [...];
+    dot_adjoint [..., H] is the known cotangent of the tangent. Result: a scalar, differentiable
+    in pair and weight. Backward may run once.
+    """
+    result: Tensor = _LinearCrossEntropyPair.apply(
+        pair.flatten(1, -2),
+        weight,
+        targets.flatten(),
+        loss_weights.flatten(),
+        derivative_weights.flatten(),
+        None if dot_adjoint is None else dot_adjoint.flatten(0, -2),
+    )
+    return result
