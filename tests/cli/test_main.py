@@ -90,9 +90,7 @@ def test_config_prints_what_a_recipe_can_read_again(tmp_path):
 
 def test_a_reader_that_leaves_is_no_error():
     code = (
-        "import sys\n"
-        "from ttt_megatron.cli.main import main\n"
-        "sys.exit(main(['config', '--keys']))\n"
+        "import sys\nfrom ttt_megatron.cli.main import main\nsys.exit(main(['config', '--keys']))\n"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code],
