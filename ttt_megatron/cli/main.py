@@ -13,7 +13,7 @@ from ttt_megatron.errors import UserError
 # A static table, so that --help imports no subcommand and with it no torch.
 # Each module has NAME, HELP, EPILOG, add_arguments(parser) and run(args) -> exit status.
 COMMANDS = {
-    "prepare": ("ttt_megatron.cli.prepare", "Turn text into shards of tokens."),
+    "prepare": ("ttt_megatron.cli.prepare", "Tokenise text into the shards that runs read."),
     "train": ("ttt_megatron.cli.train", "Train a model, or go on where a run stopped."),
     "evaluate": ("ttt_megatron.cli.evaluate", "Measure held-out loss by token position."),
     "generate": ("ttt_megatron.cli.generate", "Read a prompt and continue it."),
