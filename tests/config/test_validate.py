@@ -3,6 +3,7 @@
 import pytest
 
 from ttt_megatron.config import from_dict, load_recipe
+from ttt_megatron.config.keys import known_keys
 from ttt_megatron.errors import UserError
 
 SMALL = (
@@ -14,6 +15,26 @@ SMALL = (
     "data.sequence_length=256",
     "inner.chunk_size=32",
 )
+
+
+NUMBERS = [name for name, key in known_keys().items() if key.kind in (int, float)]
+MAY_BE_ZERO = {
+    "model.num_suffix_layers",  # with inner.mode=off
+    "inner.clip",
+    "inner.lr_start",
+    "inner.lr_warmup_fraction",
+    "data.seed",
+    "optimizer.end_lr",
+    "optimizer.warmup_fraction",
+    "optimizer.beta1",
+    "optimizer.beta2",
+    "optimizer.weight_decay",
+    "optimizer.clip_grad",
+    "training.seed",
+    "training.milestone_interval",
+    "training.eval_interval",
+    "training.eval_sequences",
+}
 
 
 @pytest.fixture
@@ -31,7 +52,7 @@ def resolve(tmp_path):
     "overrides",
     [
         ["inner.chunk_size=48"],
-        ["model.num_heads=3"],
+        ["model.num_heads=5"],
         ["model.hidden_size=30", "model.num_heads=2"],
         ["model.num_heads=4", "model.num_kv_heads=3"],
         ["model.window_size=31"],
@@ -101,6 +122,17 @@ def test_impossible_values_are_refused_by_name_and_value(resolve, overrides):
 )
 def test_values_at_the_edge_are_possible(resolve, overrides):
     resolve(*overrides)
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_no_number_is_negative_and_few_are_zero(resolve, name):
+    with pytest.raises(UserError, match=rf"{name} = -1(\.0)? (must|is a share)"):
+        resolve(f"{name}=-1")
+    if name in MAY_BE_ZERO:
+        resolve(f"{name}=0", "inner.mode=off")
+    else:
+        with pytest.raises(UserError, match=rf"{name} = 0(\.0)? must be greater"):
+            resolve(f"{name}=0")
 
 
 def test_dictionaries_are_validated_too():
