@@ -120,7 +120,7 @@ def take_keys(x: Tensor, group: TileGroup) -> Tensor:
 
 
 def add_keys(out: Tensor, group: TileGroup, value: Tensor, skip: int = 0) -> None:
-    """Add [b·n_kv·count, span − skip, d] to the group's keys after the first `skip` of each tile."""
+    """Add [b·n_kv·count, span − skip, d] to the keys after the first `skip` of each tile."""
     b, heads, _, width = out.shape
     tiles = value.view(b, heads, group.count, group.span - skip, width)
     if group.count == 1:

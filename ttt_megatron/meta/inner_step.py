@@ -1,0 +1,81 @@
+"""One inner step: clipped SGD on the fast weights of every sequence, and its adjoint.
+
+Fast weights are a flat list of float32 (float64) tensors [b, out, in]; norms and products are
+taken over the whole list, per sequence.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ttt_megatron.model.mlp import FastMLP
+
+
+def flatten(mlps: Sequence[FastMLP]) -> list[Tensor]:
+    """[fc1, fc2] of every prime MLP, in order."""
+    return [weight for mlp in mlps for weight in mlp]
+
+
+def as_mlps(weights: Sequence[Tensor]) -> list[FastMLP]:
+    """The inverse of `flatten`."""
+    return [FastMLP(*weights[i : i + 2]) for i in range(0, len(weights), 2)]
+
+
+def for_sequences(weights: Sequence[Tensor], batch: int) -> list[Tensor]:
+    """A copy of the initial weights for each sequence: [out, in] → [b, out, in]."""
+    return [w.detach().expand(batch, *w.shape).clone() for w in weights]
+
+
+def product(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+    """⟨a, b⟩ over the whole list, per sequence: [b]."""
+    parts = [torch.linalg.vecdot(x.flatten(1), y.flatten(1)) for x, y in zip(a, b, strict=True)]
+    return torch.stack(parts).sum(0)
+
+
+def norm(a: Sequence[Tensor]) -> Tensor:
+    """‖a‖ over the whole list, per sequence: [b]."""
+    return product(a, a).sqrt()
+
+
+def clip_factor(gradient_norm: Tensor, clip: float) -> Tensor:
+    """min(1, clip/‖g‖), and 1 where clip is 0 or the gradient vanishes: [b]."""
+    if clip == 0.0:
+        return torch.ones_like(gradient_norm)
+    return torch.where(gradient_norm < clip, 1.0, clip / gradient_norm.clamp_min(clip))
+
+
+def _rows(per_sequence: Tensor) -> Tensor:
+    return per_sequence.view(-1, 1, 1)
+
+
+def step_(weights: Sequence[Tensor], gradient: Sequence[Tensor], rate: Tensor) -> None:
+    """w ← w − rate·g in place; rate [b] is the learning rate times the clip factor."""
+    for w, g in zip(weights, gradient, strict=True):
+        w.addcmul_(g, _rows(rate), value=-1)
+
+
+def undo_step_(weights: Sequence[Tensor], gradient: Sequence[Tensor], rate: Tensor) -> None:
+    """w ← w + rate·g in place: the weights before `step_`, up to rounding."""
+    for w, g in zip(weights, gradient, strict=True):
+        w.addcmul_(g, _rows(rate))
+
+
+def clip_adjoint(
+    v: Sequence[Tensor], gradient: Sequence[Tensor], gradient_norm: Tensor, clip: float
+) -> list[Tensor]:
+    """The transpose of the derivative of g ↦ clipped g, applied to v.
+
+    v itself where the step was not clipped; otherwise s (v − g ⟨g, v⟩/‖g‖²): a clipped step has
+    a fixed length, so the radial part of a perturbation is lost.
+    """
+    if clip == 0.0:
+        return list(v)
+    clipped = gradient_norm >= clip
+    factor = clip_factor(gradient_norm, clip)
+    safe = torch.where(clipped, gradient_norm, 1.0)
+    radial = torch.where(clipped, factor * product(gradient, v) / safe.square(), 0.0)
+    return [
+        torch.addcmul(x * _rows(factor), g, _rows(radial), value=-1)
+        for x, g in zip(v, gradient, strict=True)
+    ]

@@ -1,0 +1,171 @@
+"""The module that is trained: a language model together with its inner loop."""
+
+from dataclasses import dataclass
+
+import torch
+import ttt_kernels
+from torch import Tensor, nn
+
+from ttt_megatron.config.schema import InnerConfig, ModelConfig
+from ttt_megatron.meta import inner_step
+from ttt_megatron.meta.forward_sweep import SweepReport
+from ttt_megatron.meta.meta_loss import default_segment, meta_loss, read_sequence
+from ttt_megatron.meta.problem import InnerSettings, Problem, chunk_token_weights
+from ttt_megatron.model.init import initialize
+from ttt_megatron.model.slots import Slots
+from ttt_megatron.model.transformer import LanguageModel
+
+
+@dataclass(kw_only=True)
+class LearnerOutput:
+    """Results of a batch; everything but the loss is detached.
+
+    loss: scalar, the mean over sequences and chunks of the chunk losses; chunk_losses [b, N];
+    token_nll [b, T] (masked tokens included); and with inner steps inner_grad_norms [b, steps]
+    before the clip, clipped_share (0-d) and drift [b] = ‖W_end − W_0‖/‖W_0‖.
+    """
+
+    loss: Tensor
+    chunk_losses: Tensor
+    token_nll: Tensor
+    inner_grad_norms: Tensor | None = None
+    clipped_share: Tensor | None = None
+    drift: Tensor | None = None
+    logits: dict[int, Tensor] | None = None
+    fast_weights: list[Tensor] | None = None
+
+
+class Learner(nn.Module):
+    """A language model that learns while it reads, ready to be trained.
+
+    dtype is that of the parameters (float32, or float64), compute_dtype that of activations.
+    """
+
+    def __init__(
+        self,
+        model_config: ModelConfig,
+        inner: InnerConfig,
+        *,
+        dtype: torch.dtype = torch.float32,
+        compute_dtype: torch.dtype | None = None,
+        recompute_prefix: bool = False,
+        seed: int = 1,
+        slots: Slots | None = None,
+    ) -> None:
+        super().__init__()
+        self.inner = inner
+        self.compute_dtype = compute_dtype or dtype
+        self.recompute_prefix = recompute_prefix
+        self.model = LanguageModel(model_config, slots).to(dtype)
+        initialize(self.model, model_config, seed)
+
+    @property
+    def fast_parameter_names(self) -> list[str]:
+        """Names of the parameters that are fast weights' initial values."""
+        return [name for name, _ in self.named_parameters() if ".prime_mlp." in name]
+
+    def settings(self, inner_lr: float, length: int) -> InnerSettings:
+        """The inner loop's settings for sequences of `length` tokens."""
+        inner = self.inner
+        segment = 0
+        if inner.two_level:
+            num_chunks = -(-length // inner.chunk_size)
+            segment = inner.segment_chunks or default_segment(num_chunks)
+        return InnerSettings(
+            chunk_size=inner.chunk_size,
+            lr=inner_lr,
+            clip=inner.clip,
+            policy=inner.memory_policy,
+            segment_chunks=segment,
+            second_order=inner.mode != "first_order",
+        )
+
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        mask: Tensor,
+        inner_lr: float | None = None,
+        *,
+        inner_steps: bool | None = None,
+        final_step: bool = False,
+        logits_of: tuple[int, ...] = (),
+    ) -> LearnerOutput:
+        """Loss of a batch: tokens and targets [b, T] int64, mask [b, T] bool.
+
+        inner_lr None is the fully warmed rate. inner_steps None takes the mode's: in training,
+        `meta` and `first_order` step; in evaluation (no grad) `naive` does too. `final_step`
+        also steps after the last chunk, `logits_of` names chunks whose logits are returned; both
+        are for evaluation.
+        """
+        rate = self.inner.lr if inner_lr is None else inner_lr
+        training = torch.is_grad_enabled()
+        if inner_steps is None:
+            stepping = ("meta", "first_order") if training else ("meta", "first_order", "naive")
+            inner_steps = self.inner.mode in stepping
+        weights = chunk_token_weights(mask, self.inner.chunk_size)
+        weights = weights.to(torch.promote_types(self.compute_dtype, torch.float32))
+        if not inner_steps or self.model.config.num_suffix_layers == 0:
+            return self._plain(tokens, targets, weights, logits_of)
+        x = self.model.embed(tokens, self.compute_dtype)
+        rotation = self.model.rotations(0, tokens.shape[1], x)
+        x = self.model.prefix_blocks(x, rotation, self.recompute_prefix)
+        x = self.model.enter_suffix(x, rotation)
+        problem = Problem(
+            model=self.model,
+            settings=self.settings(rate, tokens.shape[1]),
+            targets=targets,
+            token_weights=weights,
+            rotation=rotation,
+        )
+        if training:
+            loss, run = meta_loss(problem, x)
+            return self._stepped(problem, loss, run.report, run.state.fast)
+        report, fast = read_sequence(problem, x, final_step=final_step, logits_of=logits_of)
+        loss = (report.token_nll * weights).sum() * problem.chunk_weight
+        return self._stepped(problem, loss, report, fast)
+
+    def _plain(
+        self, tokens: Tensor, targets: Tensor, weights: Tensor, logits_of: tuple[int, ...]
+    ) -> LearnerOutput:
+        hidden = self.model.hidden_states(tokens, self.compute_dtype, self.recompute_prefix)
+        size = self.inner.chunk_size
+        num_chunks = -(-tokens.shape[1] // size)
+        loss, nll = ttt_kernels.linear_cross_entropy(
+            hidden, self.model.head_weight, targets, weights / (num_chunks * tokens.shape[0])
+        )
+        return LearnerOutput(
+            loss=loss,
+            chunk_losses=_chunk_sums(nll * weights, size),
+            token_nll=nll,
+            logits={
+                chunk: self.model.logits(hidden[:, chunk * size : (chunk + 1) * size])
+                for chunk in logits_of
+            },
+        )
+
+    def _stepped(
+        self, problem: Problem, loss: Tensor, report: SweepReport, fast: list[Tensor]
+    ) -> LearnerOutput:
+        nll = report.token_nll
+        output = LearnerOutput(
+            loss=loss,
+            chunk_losses=_chunk_sums(nll * problem.token_weights, problem.settings.chunk_size),
+            token_nll=nll,
+            logits=report.logits,
+            fast_weights=None if torch.is_grad_enabled() else fast,
+        )
+        initial = [w.detach() for w in inner_step.flatten(self.model.initial_fast_weights())]
+        moved = inner_step.norm([w - start for w, start in zip(fast, initial, strict=True)])
+        output.drift = moved / inner_step.norm([w.unsqueeze(0) for w in initial])
+        if report.gradient_norms:
+            norms = torch.stack(report.gradient_norms, dim=1)
+            output.inner_grad_norms = norms
+            clip = problem.settings.clip
+            output.clipped_share = (norms >= clip).float().mean() if clip else norms.new_zeros(())
+        return output
+
+
+def _chunk_sums(x: Tensor, chunk_size: int) -> Tensor:
+    """Sums of [b, T] over chunks: [b, N]."""
+    return torch.stack([part.sum(-1) for part in x.split(chunk_size, dim=1)], dim=1)

@@ -1,0 +1,194 @@
+"""The meta loss as one autograd node: forward is the forward sweep, backward the reverse sweep.
+
+To whatever surrounds it (data-parallel hooks, schedules, optimizers) a meta step is an ordinary
+`loss.backward()`.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ttt_megatron.meta import inner_step
+from ttt_megatron.meta.forward_sweep import (
+    ChunkHistory,
+    SweepReport,
+    SweepState,
+    new_report,
+    read_chunk,
+    step_through_chunk,
+)
+from ttt_megatron.meta.problem import Problem
+from ttt_megatron.meta.reverse_sweep import (
+    ChunkGraph,
+    Cotangents,
+    plain_graph,
+    pull_back,
+    reverse_step,
+    slow_leaves,
+)
+
+
+@dataclass
+class MetaRun:
+    """One micro-batch on its way through both sweeps.
+
+    Chunks 0 … N−2 are followed by an inner step; the last one's loss is read with the final
+    weights and needs none. Steps are taken in segments; with more than one segment, only the
+    fast weights at segment starts are kept, and a segment's history is made again by rerunning
+    its forward sweep.
+    """
+
+    problem: Problem
+    prefix_output: Tensor = field(init=False)
+    report: SweepReport = field(init=False)
+    initial: list[Tensor] = field(init=False)
+    state: SweepState = field(init=False)
+    starts: list[list[Tensor]] = field(default_factory=list)
+    history: list[ChunkHistory] = field(default_factory=list)
+    last: ChunkGraph | None = None
+    slow: list[Tensor] = field(default_factory=list)
+
+    def segments(self) -> list[range]:
+        """The chunks followed by a step, cut into segments."""
+        steps = self.problem.num_chunks - 1
+        size = self.problem.settings.segment_chunks or max(steps, 1)
+        return [range(i, min(i + size, steps)) for i in range(0, steps, size)]
+
+    def forward(self, prefix_output: Tensor, initial: list[Tensor]) -> Tensor:
+        """Run the forward sweep; returns the loss."""
+        problem = self.problem
+        self.prefix_output = prefix_output.detach()
+        self.initial = [w.detach() for w in initial]
+        self.report = new_report(problem)
+        fast = inner_step.for_sequences(self.initial, prefix_output.shape[0])
+        self.state = SweepState(fast, problem.new_kv())
+        segments = self.segments()
+        for index, segment in enumerate(segments):
+            is_last = index == len(segments) - 1
+            if not is_last:
+                self.starts.append([w.clone() for w in self.state.fast])
+            self._run_segment(segment, record=is_last)
+        self._read_last_chunk()
+        weighted = (self.report.token_nll * problem.token_weights).sum()
+        return weighted * problem.chunk_weight
+
+    def _run_segment(self, segment: range, record: bool) -> None:
+        for chunk in segment:
+            kept = step_through_chunk(
+                self.problem, self.prefix_output, self.state, self.report, chunk, record
+            )
+            if kept is not None:
+                self.history.append(kept)
+
+    def _read_last_chunk(self) -> None:
+        """The last chunk's graph is built at once: nothing but its cotangent is missing."""
+        problem, chunk = self.problem, self.problem.num_chunks - 1
+        self.slow = slow_leaves(problem)
+        self.last = plain_graph(
+            problem, self.prefix_output, self.state.kv, self.state.fast, self.slow, chunk
+        )
+        assert self.last.nll is not None
+        self.report.token_nll[:, problem.tokens(chunk)] = self.last.nll
+
+    def backward(self, loss_scale: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Run the reverse sweep: gradients of prefix output, slow weights, initial fast weights.
+
+        `loss_scale` is the cotangent of the loss, a scalar.
+        """
+        problem = self.problem
+        cotangents = Cotangents(
+            None, problem.new_kv(), torch.empty_like(self.prefix_output), self.slow
+        )
+        assert self.last is not None
+        graph, self.last = self.last, None
+        cotangents.fast = pull_back(problem, graph, cotangents, problem.num_chunks - 1, loss_scale)
+        del graph
+        fast = self.state.fast
+        for segment in reversed(self.segments()):
+            if not self.history:
+                fast = self._rerun(segment)
+            for chunk in reversed(segment):
+                reverse_step(
+                    problem,
+                    self.prefix_output,
+                    self.state.kv,
+                    fast,
+                    self.history.pop(),
+                    cotangents,
+                    chunk,
+                    loss_scale,
+                )
+        slow = [torch.zeros_like(x) if x.grad is None else x.grad for x in self.slow]
+        self.slow = []
+        return cotangents.prefix_output, slow, [v.sum(0) for v in cotangents.fast]
+
+    def _rerun(self, segment: range) -> list[Tensor]:
+        """Make a segment's history again from its start; returns the fast weights at its end."""
+        self.state.fast = self.starts.pop()
+        norms, self.report.gradient_norms = self.report.gradient_norms, []
+        self._run_segment(segment, record=True)
+        self.report.gradient_norms = norms
+        return self.state.fast
+
+
+class _MetaLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, run: MetaRun, prefix_output: Tensor, num_slow: int, *weights: Tensor
+    ) -> Tensor:
+        ctx.run, ctx.num_slow = run, num_slow
+        return run.forward(prefix_output, list(weights[num_slow:]))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
+        run, ctx.run = ctx.run, None
+        d_prefix, d_slow, d_fast = run.backward(d_loss)
+        return None, d_prefix, None, *d_slow, *d_fast
+
+
+def meta_loss(problem: Problem, prefix_output: Tensor) -> tuple[Tensor, MetaRun]:
+    """The loss over all chunks, differentiable once, through every inner step.
+
+    prefix_output [b, T, H] is the output of `LanguageModel.enter_suffix`. Gradients reach the
+    suffix's parameters as outputs of one node, once a call.
+    """
+    run = MetaRun(problem)
+    slow = [slot.tensor for slot in problem.slots]
+    fast = inner_step.flatten(problem.model.initial_fast_weights())
+    loss: Tensor = _MetaLoss.apply(run, prefix_output, len(slow), *slow, *fast)
+    return loss, run
+
+
+def read_sequence(
+    problem: Problem,
+    prefix_output: Tensor,
+    *,
+    final_step: bool = False,
+    logits_of: tuple[int, ...] = (),
+) -> tuple[SweepReport, list[Tensor]]:
+    """Evaluate: read all chunks with inner steps and no outer gradient.
+
+    A step is taken after the last chunk only if `final_step` asks for it, and never after a
+    chunk that is not full. Returns the report and the fast weights at the end.
+    """
+    report = new_report(problem, logits_of)
+    initial = inner_step.flatten(problem.model.initial_fast_weights())
+    state = SweepState(inner_step.for_sequences(initial, prefix_output.shape[0]), problem.new_kv())
+    for chunk in range(problem.num_chunks):
+        rows = problem.tokens(chunk)
+        is_last = chunk == problem.num_chunks - 1
+        full = rows.stop - rows.start == problem.settings.chunk_size
+        if full and (final_step or not is_last):
+            step_through_chunk(problem, prefix_output, state, report, chunk, record=False)
+        else:
+            read_chunk(problem, prefix_output, state, report, chunk)
+    return report, state.fast
+
+
+def default_segment(num_chunks: int) -> int:
+    """The segment length at which the kept fast weights are fewest: about √N."""
+    return max(1, math.isqrt(max(num_chunks - 1, 1)))

@@ -1,0 +1,71 @@
+"""The suffix blocks' keys and values over whole sequences, or their cotangents."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ttt_megatron.model.attention import KV
+
+
+class SuffixKV:
+    """One pair of buffers [b, T, n_kv, d] for each suffix block after the first.
+
+    (The first one's attention belongs to the prefix.) A chunk reads the `window − 1` entries
+    before it and writes its own.
+    """
+
+    def __init__(self, num_blocks: int, length: int, window: int | None) -> None:
+        self.num_blocks = num_blocks
+        self.length = length
+        self.window = window
+        self._buffers: list[KV] = []
+
+    def _first(self, start: int) -> int:
+        return 0 if self.window is None else max(0, start - self.window + 1)
+
+    def _allocate(self, like: Sequence[KV]) -> None:
+        if not self._buffers:
+            self._buffers = [
+                KV(*(x.new_zeros(x.shape[0], self.length, *x.shape[2:]) for x in kv)) for kv in like
+            ]
+
+    def past(self, start: int) -> list[KV | None]:
+        """What a chunk that starts at `start` can see of the tokens before it."""
+        first = self._first(start)
+        if first == start:
+            return [None] * self.num_blocks
+        return [KV(kv.k[:, first:start], kv.v[:, first:start]) for kv in self._buffers]
+
+    def write(self, start: int, own: Sequence[KV]) -> None:
+        """Store a chunk's own keys and values."""
+        self._allocate(own)
+        for kv, new in zip(self._buffers, own, strict=True):
+            for buffer, value in zip(kv, new, strict=True):
+                buffer[:, start : start + value.shape[1]] = value.detach()
+
+    def own(self, start: int, stop: int) -> list[Tensor]:
+        """The entries of a chunk, key and value of every block in turn; empty before any write."""
+        return [buffer[:, start:stop] for kv in self._buffers for buffer in kv]
+
+    def add_to_past(self, start: int, past: Sequence[KV | None]) -> None:
+        """Add to the entries `past(start)` returned."""
+        given = [kv for kv in past if kv is not None]
+        self._allocate(given)
+        first = self._first(start)
+        for kv, addition in zip(self._buffers, given, strict=False):
+            for buffer, value in zip(kv, addition, strict=True):
+                buffer[:, first:start] += value
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(buffer.numel() * buffer.element_size() for kv in self._buffers for buffer in kv)
+
+
+def gradients(past: Sequence[KV | None]) -> list[KV | None]:
+    """The `.grad` of cached keys and values used as leaves."""
+    return [
+        None if kv is None else KV(*(torch.zeros_like(x) if x.grad is None else x.grad for x in kv))
+        for kv in past
+    ]

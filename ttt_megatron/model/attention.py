@@ -1,0 +1,46 @@
+"""Self-attention with normalised queries and keys (algorithm.md §3 in the design; QK norm, RoPE)."""
+
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from ttt_megatron.config.schema import ModelConfig
+from ttt_megatron.model import ops
+from ttt_megatron.model.ops import Operand
+from ttt_megatron.model.slots import Slots
+
+
+class KV(NamedTuple):
+    """Keys (normalised and rotated) and values of a run of tokens: [b, T, n_kv, d] each."""
+
+    k: Tensor
+    v: Tensor
+
+
+class SelfAttention(nn.Module):
+    """Causal (windowed) self-attention; queries and keys RMS-normalised per head, then rotated."""
+
+    def __init__(self, config: ModelConfig, slots: Slots) -> None:
+        super().__init__()
+        self.head_dim = config.hidden_size // config.num_heads
+        self.num_kv_heads = config.num_kv_heads or config.num_heads
+        self.window = config.window_size
+        columns = (config.num_heads + 2 * self.num_kv_heads) * self.head_dim
+        self.linear_qkv = slots.column(config.hidden_size, columns)
+        self.q_layernorm = slots.norm(self.head_dim, config.norm_eps)
+        self.k_layernorm = slots.norm(self.head_dim, config.norm_eps)
+        self.linear_proj = slots.row(config.num_heads * self.head_dim, config.hidden_size)
+
+    def forward(self, x: Operand, rotation: Tensor, past: KV | None) -> tuple[Operand, KV]:
+        """[b, T, H] → [b, T, H], and the tokens' own keys and values.
+
+        rotation [T, d/2] holds the tokens' angles; past the keys and values just before them.
+        """
+        q, k, v = ops.split_heads(
+            self.linear_qkv(x), num_kv_heads=self.num_kv_heads, head_dim=self.head_dim
+        )
+        q = ops.rope(self.q_layernorm(q), rotation)
+        k = ops.rope(self.k_layernorm(k), rotation)
+        past_k, past_v = past if past is not None else (None, None)
+        out = ops.attention(q, k, v, past_k, past_v, window=self.window)
+        return self.linear_proj(ops.merge_heads(out)), KV(ops.primal(k), ops.primal(v))

@@ -1,0 +1,52 @@
+"""One transformer block: attention, prime MLP where there is one, static MLP, each sandwiched.
+
+x ← x + norm(sublayer(norm(x)))
+"""
+
+from torch import Tensor, nn
+
+from ttt_megatron.config.schema import ModelConfig
+from ttt_megatron.model import ops
+from ttt_megatron.model.attention import KV, SelfAttention
+from ttt_megatron.model.mlp import MLP, FastMLP, PrimeMLP
+from ttt_megatron.model.ops import Operand
+from ttt_megatron.model.slots import Slots
+
+
+class Block(nn.Module):
+    """A block, whose attention and MLP parts can also be run apart."""
+
+    def __init__(self, config: ModelConfig, slots: Slots, *, prime: bool) -> None:
+        super().__init__()
+        width, eps = config.hidden_size, config.norm_eps
+        self.attention_norm = slots.norm(width, eps)
+        self.self_attention = SelfAttention(config, slots)
+        self.attention_post_norm = slots.norm(width, eps)
+        self.prime_mlp: PrimeMLP | None = None
+        if prime:
+            prime_width = config.prime_ffn_hidden_size or config.ffn_hidden_size
+            self.prime_norm = slots.norm(width, eps)
+            self.prime_mlp = PrimeMLP(width, prime_width, slots)
+            self.prime_post_norm = slots.norm(width, eps)
+        self.mlp_norm = slots.norm(width, eps)
+        self.mlp = MLP(width, config.ffn_hidden_size, slots)
+        self.mlp_post_norm = slots.norm(width, eps)
+
+    def attend(self, x: Operand, rotation: Tensor, past: KV | None) -> tuple[Operand, KV]:
+        """The attention part: [b, T, H] → [b, T, H], and the tokens' keys and values."""
+        out, kv = self.self_attention(self.attention_norm(x), rotation, past)
+        return ops.add(x, self.attention_post_norm(out)), kv
+
+    def feed_forward(self, x: Operand, fast: FastMLP | None) -> Operand:
+        """The MLP parts, the prime MLP with the given fast weights: [b, T, H] → [b, T, H]."""
+        if self.prime_mlp is not None:
+            out = self.prime_mlp(self.prime_norm(x), fast)
+            x = ops.add(x, self.prime_post_norm(out))
+        return ops.add(x, self.mlp_post_norm(self.mlp(self.mlp_norm(x))))
+
+    def forward(
+        self, x: Operand, rotation: Tensor, past: KV | None = None, fast: FastMLP | None = None
+    ) -> tuple[Operand, KV]:
+        """The whole block: [b, T, H] → [b, T, H], and the tokens' keys and values."""
+        x, kv = self.attend(x, rotation, past)
+        return self.feed_forward(x, fast), kv

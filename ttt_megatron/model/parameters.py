@@ -1,0 +1,39 @@
+"""Parameter counts by group, from the shapes alone."""
+
+from dataclasses import dataclass
+
+from ttt_megatron.config.schema import ModelConfig
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Numbers of parameters."""
+
+    embedding: int
+    head: int
+    blocks: int
+    prime: int
+    norms: int
+
+    @property
+    def total(self) -> int:
+        """All parameters, the embedding included."""
+        return self.embedding + self.head + self.blocks + self.prime + self.norms
+
+
+def count_parameters(config: ModelConfig) -> ParameterCounts:
+    """Count a configuration's parameters; `prime` is the fast weights, gains are in `norms`."""
+    width, layers, suffix = config.hidden_size, config.num_layers, config.num_suffix_layers
+    vocabulary = config.vocab_size or 0
+    head_dim = width // config.num_heads
+    kv_width = (config.num_kv_heads or config.num_heads) * head_dim
+    attention = 2 * width * width + 2 * width * kv_width
+    mlp = 3 * width * config.ffn_hidden_size
+    prime = 3 * width * (config.prime_ffn_hidden_size or config.ffn_hidden_size)
+    return ParameterCounts(
+        embedding=vocabulary * width,
+        head=0 if config.tie_embeddings else vocabulary * width,
+        blocks=layers * (attention + mlp),
+        prime=suffix * prime,
+        norms=layers * (4 * width + 2 * head_dim) + suffix * 2 * width + width,
+    )

@@ -1,0 +1,61 @@
+"""The layers a model is built from: plain ones here; parallel ones are filled in from outside."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ttt_megatron.model import ops
+from ttt_megatron.model.ops import Operand
+
+
+class Linear(nn.Module):
+    """A static linear map without bias; weight [out, in]."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+
+    def forward(self, x: Operand) -> Operand:
+        """[..., in] → [..., out], in x's dtype."""
+        return ops.linear(x, self.weight)
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm with a gain; weight [width]."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Operand) -> Operand:
+        """[..., width] → [..., width]."""
+        return ops.rms_norm(x, self.weight, eps=self.eps)
+
+
+class Embedding(nn.Module):
+    """Token embedding; weight [vocabulary, width]."""
+
+    def __init__(self, vocab_size: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, width))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[b, T] int64 → [b, T, width]."""
+        return nn.functional.embedding(tokens, self.weight)
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Constructors of the layers. A parallel build replaces some of them.
+
+    `column` makes linears whose output is cut over heads or MLP columns (qkv, fc1), `row` those
+    whose input is (proj, fc2).
+    """
+
+    column: Callable[[int, int], nn.Module] = Linear
+    row: Callable[[int, int], nn.Module] = Linear
+    norm: Callable[[int, float], nn.Module] = RMSNorm
+    embedding: Callable[[int, int], nn.Module] = Embedding

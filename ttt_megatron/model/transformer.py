@@ -1,0 +1,125 @@
+"""The language model in the parts a meta step needs.
+
+The *prefix* is everything no fast weight can reach: the embedding, the first L − S blocks and
+the attention of the first suffix block. It runs over a whole sequence at once. The *suffix* is
+the rest; a meta step runs it chunk by chunk.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import ttt_kernels
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ttt_megatron.config.schema import ModelConfig
+from ttt_megatron.model.attention import KV
+from ttt_megatron.model.block import Block
+from ttt_megatron.model.mlp import FastMLP
+from ttt_megatron.model.ops import Operand
+from ttt_megatron.model.slots import Linear, Slots
+
+
+class LanguageModel(nn.Module):
+    """Decoder-only transformer with prime MLPs in its last blocks.
+
+    Raises ValueError if the configuration has no vocabulary size.
+    """
+
+    def __init__(self, config: ModelConfig, slots: Slots | None = None) -> None:
+        super().__init__()
+        slots = slots or Slots()
+        if config.vocab_size is None:
+            raise ValueError("model.vocab_size is not set")
+        self.config = config
+        self.head_dim = config.hidden_size // config.num_heads
+        self.num_prefix_layers = config.num_layers - config.num_suffix_layers
+        self.embedding = slots.embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            Block(config, slots, prime=index >= self.num_prefix_layers)
+            for index in range(config.num_layers)
+        )
+        self.final_norm = slots.norm(config.hidden_size, config.norm_eps)
+        self.output: nn.Module | None = None
+        if not config.tie_embeddings:
+            self.output = Linear(config.hidden_size, config.vocab_size)
+
+    def blocks(self, start: int = 0, stop: int | None = None) -> list[Block]:
+        """Blocks start … stop−1."""
+        chosen = list(self.layers)[start:stop]
+        return [block for block in chosen if isinstance(block, Block)]
+
+    @property
+    def suffix_blocks(self) -> list[Block]:
+        """The last S blocks."""
+        return self.blocks(self.num_prefix_layers)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The output head [V, H]: the embedding where it is tied."""
+        weight = (self.output if self.output is not None else self.embedding).weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    def initial_fast_weights(self) -> list[FastMLP]:
+        """The prime MLPs' parameters, in the suffix blocks' order."""
+        return [block.prime_mlp.initial for block in self.suffix_blocks if block.prime_mlp]
+
+    def rotations(self, start: int, length: int, like: Tensor) -> Tensor:
+        """The angles of positions start … start+length−1: complex [length, d/2]."""
+        return ttt_kernels.rotations(start, length, self.head_dim, self.config.rope_theta, like)
+
+    def embed(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+        """[b, T] int64 → [b, T, H] in the compute dtype."""
+        return self.embedding(tokens).to(dtype)
+
+    def prefix_blocks(self, x: Tensor, rotation: Tensor, recompute: bool = False) -> Tensor:
+        """The first L − S blocks over whole sequences: the stream that enters the suffix blocks."""
+        for block in self.blocks(0, self.num_prefix_layers):
+            x = run_whole(block, x, rotation, recompute)
+        return x
+
+    def enter_suffix(self, x: Tensor, rotation: Tensor) -> Tensor:
+        """The attention of the first suffix block over whole sequences."""
+        return self.suffix_blocks[0].attend(x, rotation, None)[0]
+
+    def suffix(
+        self,
+        x: Operand,
+        rotation: Tensor,
+        past: Sequence[KV | None],
+        fast: Sequence[FastMLP | None],
+    ) -> tuple[Operand, list[KV]]:
+        """The suffix over one chunk, from the output of `enter_suffix` to the final norm.
+
+        x [b, C, H]; past holds the S − 1 later blocks' keys and values just before the chunk,
+        fast the S prime MLPs' weights. Returns [b, C, H] and the chunk's own keys and values.
+        """
+        first, *later = self.suffix_blocks
+        x = first.feed_forward(x, fast[0])
+        own: list[KV] = []
+        for block, cached, weights in zip(later, past, fast[1:], strict=True):
+            x, kv = block(x, rotation, cached, weights)
+            own.append(kv)
+        return self.final_norm(x), own
+
+    def hidden_states(self, tokens: Tensor, dtype: torch.dtype, recompute: bool = False) -> Tensor:
+        """The plain model, prime MLPs static: [b, T] int64 → [b, T, H] after the final norm."""
+        x = self.embed(tokens, dtype)
+        rotation = self.rotations(0, tokens.shape[1], x)
+        for block in self.blocks():
+            x = run_whole(block, x, rotation, recompute)
+        normed: Tensor = self.final_norm(x)
+        return normed
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., H] → [..., V] in the compute dtype."""
+        return ttt_kernels.linear(hidden, self.head_weight)
+
+
+def run_whole(block: Block, x: Tensor, rotation: Tensor, recompute: bool) -> Tensor:
+    """A block over whole sequences, its activations recomputed in the backward pass or kept."""
+    if recompute and torch.is_grad_enabled():
+        out: Tensor = checkpoint(lambda y: block(y, rotation)[0], x, use_reentrant=False)
+        return out
+    return block(x, rotation)[0]
