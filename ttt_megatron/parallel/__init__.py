@@ -1,0 +1,13 @@
+"""Processes, process groups and megatron-core's wrappers around the learner."""
+
+import warnings
+
+# Said on every machine without TransformerEngine, for every process, about choices mcore makes
+# by itself; none asks the user for anything.
+for _message in (
+    "(Transformer Engine and )?Apex (is|are) not installed",
+    "full scope is deprecated",
+    "The .grad attribute of a Tensor that is not a leaf",
+    "`torch.distributed.*` is deprecated",
+):
+    warnings.filterwarnings("ignore", message=_message)

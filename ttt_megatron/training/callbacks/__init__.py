@@ -1,0 +1,34 @@
+"""What goes on beside the outer loop, one concern a file."""
+
+from pathlib import Path
+
+from ttt_megatron.config.schema import RunConfig
+from ttt_megatron.parallel.groups import Groups
+from ttt_megatron.training.callbacks.base import Callback
+from ttt_megatron.training.callbacks.evaluation import ValidationLoss
+from ttt_megatron.training.callbacks.metrics_log import MetricsLog
+from ttt_megatron.training.callbacks.plots import LossPlot
+from ttt_megatron.training.callbacks.progress import ProgressBar
+from ttt_megatron.training.callbacks.signals import StopOnSignal
+from ttt_megatron.training.callbacks.tracking import MlflowTracking
+
+
+def build_callbacks(config: RunConfig, groups: Groups) -> list[Callback]:
+    """The callbacks of this rank.
+
+    The evaluation stands behind those that record steps, so that a step's figures come before its
+    validation loss, and before the plot and the tracking, which take its results along at the end.
+    """
+    callbacks: list[Callback] = [StopOnSignal()]
+    output = Path(config.training.output)
+    if groups.is_main:
+        callbacks += [
+            MetricsLog(output),
+            ProgressBar(config.training.log_interval, bar=config.tracking.progress),
+        ]
+    callbacks.append(ValidationLoss(config))
+    if groups.is_main:
+        callbacks.append(LossPlot(output))
+        if config.tracking.mlflow:
+            callbacks.append(MlflowTracking(config))
+    return callbacks

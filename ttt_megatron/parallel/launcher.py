@@ -1,0 +1,186 @@
+"""Starts the processes of a run on this machine, and tells what went wrong in them.
+
+Underneath is torchrun's elastic launcher. Signals go to this parent alone: it asks the workers to
+stop with SIGTERM and waits, however long their current step takes.
+"""
+
+import json
+import logging
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import tempfile
+import time
+import traceback
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, TypeVar
+
+from ttt_megatron.errors import UserError
+
+Result = TypeVar("Result")
+
+
+class WorkerError(Exception):
+    """A worker process crashed; the message names its rank and holds its traceback."""
+
+
+def under_torchrun() -> bool:
+    """Whether an outer launcher has already made this process one rank of many."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def available_cpus() -> int:
+    """CPUs this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def launch(work: Callable[..., Result], arguments: tuple[Any, ...], processes: int) -> Result:
+    """Runs `work(*arguments)` in `processes` ranks and returns rank 0's result.
+
+    `work` must be importable and picklable, as must `arguments` and its result. Under torchrun it
+    runs in this process, as the one rank it is.
+
+    Raises UserError if torchrun's world size is not `processes`, or with a worker's own UserError,
+    and WorkerError if a worker crashed. Of several failed ranks the first to fail is told.
+    """
+    if under_torchrun():
+        world_size = int(os.environ["WORLD_SIZE"])
+        if world_size != processes:
+            raise UserError(
+                f"torchrun started {world_size} processes, but parallel.data={processes}: "
+                f"make them equal"
+            )
+        return work(*arguments)
+    with (
+        tempfile.TemporaryDirectory(prefix="ttt-megatron-") as folder,
+        _threads_for(processes),
+        _forwarded_signals(),
+    ):
+        return _run_agent(work, arguments, processes, Path(folder))
+
+
+def _run_agent(
+    work: Callable[..., Result], arguments: tuple[Any, ...], processes: int, folder: Path
+) -> Result:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    # The agent reports failures as stack dumps of its own; the ranks' messages say more.
+    for noisy in (
+        "torch.distributed.elastic",
+        "torch.distributed.launcher",
+        "torch.multiprocessing",
+    ):
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        start_method="spawn",
+        local_addr="localhost",
+        # None: the agent's handlers would kill the workers before they could save.
+        signals_to_handle="",
+    )
+    try:
+        results = elastic_launch(config, _worker)(str(folder), os.getpid(), work, arguments)
+    except ChildFailedError as failed:
+        rank, failure = failed.get_first_failure()
+        raise _first_failure(folder, processes, rank, failure.exitcode) from None
+    return pickle.loads(results[0])
+
+
+def _worker(
+    folder: str, parent: int, work: Callable[..., Any], arguments: tuple[Any, ...]
+) -> bytes:
+    """One rank: runs the work; leaves an account of its failure in `folder`."""
+    _die_with(parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent turns Ctrl-C into one SIGTERM
+    rank = int(os.environ["RANK"])
+    try:
+        return pickle.dumps(work(*arguments))
+    except BaseException as error:
+        account = {
+            "rank": rank,
+            "time": time.time(),
+            "user": isinstance(error, UserError),
+            "message": str(error) or type(error).__name__,
+            "traceback": traceback.format_exc(),
+        }
+        (Path(folder) / f"rank-{rank}.json").write_text(json.dumps(account))
+        # A plain exit: the other ranks find the connection closed instead of waiting for this one.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def _die_with(parent: int) -> None:
+    """Ends this process when the parent does, even by SIGKILL, so that no orphan goes on writing."""
+    if sys.platform == "linux":
+        import ctypes
+
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
+
+
+def _first_failure(folder: Path, processes: int, rank: int, exit_code: int) -> Exception:
+    """The exception that tells of the rank that failed first."""
+    accounts = [json.loads(path.read_text()) for path in folder.glob("rank-*.json")]
+    if not accounts:
+        cause = f"exit code {exit_code}"
+        if exit_code < 0:
+            cause = f"signal {signal.Signals(-exit_code).name}"
+            if exit_code == -signal.SIGKILL:
+                cause += "; perhaps the machine ran out of memory"
+        return WorkerError(f"rank {rank} ended without a message ({cause})")
+    first = min(accounts, key=lambda account: account["time"])
+    where = f"rank {first['rank']}: " if processes > 1 else ""
+    if first["user"]:
+        return UserError(f"{where}{first['message']}")
+    return WorkerError(f"rank {first['rank']} failed:\n{first['traceback'].rstrip()}")
+
+
+@contextmanager
+def _threads_for(processes: int) -> Iterator[None]:
+    """Shares the CPUs out among the workers, unless OMP_NUM_THREADS says otherwise."""
+    if "OMP_NUM_THREADS" in os.environ:
+        yield
+        return
+    os.environ["OMP_NUM_THREADS"] = str(max(1, available_cpus() // processes))
+    try:
+        yield
+    finally:
+        del os.environ["OMP_NUM_THREADS"]
+
+
+@contextmanager
+def _forwarded_signals() -> Iterator[None]:
+    """SIGTERM and SIGINT ask the workers to stop after their step; a second SIGINT kills them."""
+    asked = 0
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        asked += number == signal.SIGINT
+        for child in multiprocessing.active_children():
+            if child.pid is not None:
+                os.kill(child.pid, signal.SIGKILL if asked > 1 else signal.SIGTERM)
+
+    previous = {
+        number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,73 @@
+"""Validation loss while training and at its end."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from ttt_megatron.config.schema import RunConfig
+from ttt_megatron.data.dataset import open_dataset
+from ttt_megatron.data.validation import ValidationSequences, validation_sequences
+from ttt_megatron.parallel.replica import learner_of, settle_parameters
+from ttt_megatron.training.callbacks.base import Callback
+
+if TYPE_CHECKING:
+    from ttt_megatron.training.records import StepRecord
+    from ttt_megatron.training.trainer import Trainer
+
+
+class ValidationLoss(Callback):
+    """Mean loss over the starts of held-out documents, inner steps on and fully warmed.
+
+    Every `training.eval_interval` steps and at the end, on `training.eval_sequences` documents of
+    at least a sequence's length, shared out among the ranks; all ranks take part. Off where the
+    number of sequences is 0.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        """Raises UserError if sequences are asked for and the data has none."""
+        training, data = config.training, config.data
+        self._interval = training.eval_interval
+        self._sequences: ValidationSequences | None = None
+        if training.eval_sequences:
+            dataset = open_dataset(data.path, "validation")
+            self._sequences = validation_sequences(
+                dataset, data.sequence_length, training.eval_sequences
+            )
+
+    def on_step(self, trainer: Trainer, record: StepRecord) -> None:
+        """Evaluates at the interval; the last step's turn is at the end."""
+        if self._interval and record.step % self._interval == 0 and not trainer.finished:
+            self._evaluate(trainer)
+
+    def on_end(self, trainer: Trainer) -> None:
+        """Evaluates the finished model; a run that was stopped goes on later."""
+        if trainer.finished:
+            self._evaluate(trainer)
+
+    @torch.no_grad()
+    def _evaluate(self, trainer: Trainer) -> None:
+        if self._sequences is None:
+            return
+        config, groups = trainer.config, trainer.parts.groups
+        settle_parameters(trainer.parts.ddp)
+        learner = learner_of(trainer.parts.ddp)
+        micro = config.training.micro_batch_size
+        count = len(self._sequences)
+        # Loss, first chunk's, last chunk's, summed over sequences, and their number.
+        sums = torch.zeros(4, dtype=torch.float64, device=groups.device)
+        for first in range(groups.data_rank * micro, count, groups.data_size * micro):
+            batch = self._sequences.batch(first, micro).to(groups.device)
+            output = learner(batch.tokens, batch.targets, batch.mask, config.inner.lr)
+            chunks = output.chunk_losses.double()
+            losses = torch.stack([chunks.mean(dim=1), chunks[:, 0], chunks[:, -1]])
+            sums += torch.cat([losses.sum(dim=1), losses.new_tensor([len(batch)])])
+        loss, first_chunk, last_chunk, total = groups.sum(sums).tolist()
+        trainer.report(
+            {
+                "validation_loss": loss / total,
+                "validation_first_chunk_loss": first_chunk / total,
+                "validation_last_chunk_loss": last_chunk / total,
+            }
+        )

@@ -1,0 +1,131 @@
+"""Saving and loading a run's state with mcore's dist_checkpointing (torch_dist format)."""
+
+import random
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.distributed import DistributedDataParallel
+
+from ttt_megatron.config import to_yaml
+from ttt_megatron.config.schema import RunConfig
+from ttt_megatron.data.tokenizer import META_FILE, TOKENIZER_FILE
+from ttt_megatron.parallel.groups import Groups
+from ttt_megatron.parallel.replica import learner_of, settle_parameters
+from ttt_megatron.parallel.standins import megatron_scope
+from ttt_megatron.training.checkpoint_folder import (
+    CHECKPOINTS,
+    MODEL_KEY,
+    RECIPE,
+    STATE,
+    TOKENIZER,
+    CheckpointInfo,
+    checkpoint_name,
+    commit,
+    rotate,
+    unfinished_path,
+    write_info,
+)
+from ttt_megatron.training.optimizer import OuterOptimizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunParts:
+    """What a checkpoint holds tensors of."""
+
+    ddp: DistributedDataParallel
+    optimizer: OuterOptimizer
+    groups: Groups
+
+
+def _model_state(parts: RunParts) -> dict[str, ShardedTensor]:
+    """Every parameter, whole, replicated over the data-parallel ranks."""
+    replica = (0, 0, parts.groups.data_rank)
+    return {
+        name: ShardedTensor.from_rank_offsets(f"{MODEL_KEY}.{name}", parameter, replica_id=replica)
+        for name, parameter in learner_of(parts.ddp).named_parameters()
+    }
+
+
+def _random_state() -> dict[str, Any]:
+    state = {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def save_checkpoint(
+    parts: RunParts, config: RunConfig, info: CheckpointInfo, trainer_state: dict[str, Any]
+) -> Path:
+    """Writes `output/checkpoints/step-…` and removes those no longer kept; returns its path.
+
+    Collective. The folder gets its name only once everything is on disk. `trainer_state` is plain
+    values, equal on all ranks.
+    """
+    groups = parts.groups
+    folder = Path(config.training.output) / CHECKPOINTS
+    final = folder / checkpoint_name(info.step)
+    beside: Path = groups.broadcast_object(unfinished_path(final) if groups.is_main else None)
+    if groups.is_main:
+        (beside / STATE).mkdir(parents=True)
+    groups.barrier()
+    settle_parameters(parts.ddp)
+    state = {
+        MODEL_KEY: _model_state(parts),
+        "optimizer": parts.optimizer.state_to_save(),
+        "trainer": trainer_state,
+        "random": groups.broadcast_object(_random_state() if groups.is_main else None),
+    }
+    with megatron_scope():
+        dist_checkpointing.save(state, str(beside / STATE))
+    if groups.is_main:
+        (beside / RECIPE).write_text(to_yaml(config))
+        _copy_tokenizer(Path(config.data.path), beside / TOKENIZER)
+        write_info(beside, info)
+        commit(beside, final)
+        rotate(folder, config.training.keep_last, config.training.milestone_interval)
+    groups.barrier()
+    return final
+
+
+def load_checkpoint(parts: RunParts, checkpoint: Path) -> dict[str, Any]:
+    """Restores parameters, optimizer and random state in place; returns the trainer's state.
+
+    Collective; works at any data-parallel size.
+    """
+    wanted = {
+        MODEL_KEY: _model_state(parts),
+        "optimizer": parts.optimizer.state_to_load(parts.groups.data_rank),
+    }
+    with megatron_scope():
+        state = dist_checkpointing.load(wanted, str(checkpoint / STATE))
+    learner_of(parts.ddp).load_state_dict(state[MODEL_KEY], strict=False)
+    parts.optimizer.load_state_dict(state["optimizer"])
+    _set_random_state(state["random"])
+    trainer_state: dict[str, Any] = state["trainer"]
+    return trainer_state
+
+
+def _copy_tokenizer(data: Path, target: Path) -> None:
+    """Evaluation and generation need the tokenizer, and the data may be elsewhere by then."""
+    target.mkdir()
+    for name in (META_FILE, TOKENIZER_FILE):
+        if (data / name).exists():
+            shutil.copy2(data / name, target / name)

@@ -1,0 +1,148 @@
+"""The folder of a run's checkpoints: names, which one is the newest complete, which ones stay."""
+
+import json
+import logging
+import shutil
+import uuid
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ttt_megatron.errors import UserError
+from ttt_megatron.training.manifest import MANIFEST, find_damage, sync_to_disk, write_manifest
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINTS = "checkpoints"
+INFO = "info.json"
+RECIPE = "run.yaml"
+STATE = "state"
+MODEL_KEY = "model"
+TOKENIZER = "tokenizer"
+_PREFIX = "step-"
+_UNFINISHED = ".tmp-"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointInfo:
+    """What a checkpoint says of itself.
+
+    `step` outer steps done; `loss` the last step's (nan or inf if it was skipped), `finite` whether
+    it was a number; `data_fingerprint` of the prepared data; `tracking_run` the MLflow run's id.
+    """
+
+    path: str
+    step: int
+    loss: float
+    finite: bool
+    data_fingerprint: str
+    tracking_run: str | None = None
+
+
+def checkpoint_name(step: int) -> str:
+    """The folder name of a step's checkpoint."""
+    return f"{_PREFIX}{step:08d}"
+
+
+def write_info(folder: Path, info: CheckpointInfo) -> None:
+    """Writes info.json; the path is left out, as the folder moves."""
+    values = {name: value for name, value in asdict(info).items() if name != "path"}
+    (folder / INFO).write_text(json.dumps(values, indent=1))
+
+
+def read_info(checkpoint: Path) -> CheckpointInfo:
+    """Reads info.json; UserError if it cannot be understood."""
+    try:
+        return CheckpointInfo(path=str(checkpoint), **json.loads((checkpoint / INFO).read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(
+            f"{checkpoint / INFO} cannot be read ({error}): use another checkpoint"
+        ) from None
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Finished checkpoint folders, oldest first; their content is not looked at."""
+    found = [
+        p for p in folder.glob(f"{_PREFIX}*") if p.name[len(_PREFIX) :].isdigit() and p.is_dir()
+    ]
+    return sorted(found, key=lambda p: int(p.name[len(_PREFIX) :]))
+
+
+def newest_complete(folder: Path) -> Path | None:
+    """The newest checkpoint whose files are all there and unchanged; None if there is none at all.
+
+    Damaged ones are reported. Raises UserError if there are checkpoints and all are damaged.
+    """
+    damaged: list[str] = []
+    for checkpoint in reversed(list_checkpoints(folder)):
+        damage = find_damage(checkpoint)
+        if damage is None:
+            for line in damaged:
+                logger.warning("passed over %s; using %s", line, checkpoint.name)
+            return checkpoint
+        damaged.append(f"{checkpoint} ({damage})")
+    if damaged:
+        raise UserError(
+            f"no complete checkpoint in {folder}: {'; '.join(damaged)}. "
+            f"Restore one, or start over with --fresh"
+        )
+    return None
+
+
+def resolve_checkpoint(path: Path) -> Path:
+    """A checkpoint folder from itself or from a run's folder (its newest complete checkpoint).
+
+    Raises UserError if there is none, or the one named is damaged.
+    """
+    if (path / MANIFEST).exists() or path.name.startswith(_PREFIX):
+        damage = find_damage(path)
+        if damage is not None:
+            raise UserError(f"checkpoint {path} is damaged: {damage}. Use another one")
+        return path
+    folder = path / CHECKPOINTS
+    checkpoint = newest_complete(folder) if folder.is_dir() else None
+    if checkpoint is None:
+        raise UserError(
+            f"{path} holds no checkpoint: give a run's folder (training.output) or a {_PREFIX}… folder"
+        )
+    return checkpoint
+
+
+def unfinished_path(final: Path) -> Path:
+    """A name beside `final` that no other attempt uses."""
+    return final.with_name(f"{final.name}{_UNFINISHED}{uuid.uuid4().hex[:8]}")
+
+
+def commit(beside: Path, final: Path) -> None:
+    """Gives a written folder its manifest, then its final name."""
+    write_manifest(beside)
+    if final.exists():
+        _remove(final)
+    beside.rename(final)
+    sync_to_disk(final.parent)
+
+
+def sweep(folder: Path) -> None:
+    """Removes what interrupted writes left behind."""
+    for leftover in folder.glob(f"*{_UNFINISHED}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def rotate(folder: Path, keep_last: int, milestone_interval: int) -> None:
+    """Removes checkpoints that are neither among the newest, a milestone, nor the last finite one."""
+    checkpoints = list_checkpoints(folder)
+    keep = set(checkpoints[-keep_last:])
+    infos = {path: read_info(path) for path in checkpoints if (path / INFO).exists()}
+    finite = [path for path in checkpoints if path in infos and infos[path].finite]
+    keep |= set(finite[-1:])
+    if milestone_interval:
+        keep |= {path for path, info in infos.items() if info.step % milestone_interval == 0}
+    for path in checkpoints:
+        if path not in keep:
+            _remove(path)
+
+
+def _remove(checkpoint: Path) -> None:
+    """Takes the name away first: a half-removed folder never looks like a checkpoint."""
+    doomed = unfinished_path(checkpoint)
+    checkpoint.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)

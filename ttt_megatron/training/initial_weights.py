@@ -1,0 +1,72 @@
+"""Starting from another run's weights: a later stage, or a plain model extended into a TTT model.
+
+A plain model has no prime MLPs. The extended model gets them as initialised, and the gain of the
+norm behind each starts at 0 instead of 1: the prime branch then adds exactly nothing, so the
+extended model starts as the plain model's function. Training reaches it all the same: the gain's own
+gradient does not vanish, and once the gain has moved, everything before it learns, inner steps
+included.
+"""
+
+import logging
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ttt_megatron.errors import UserError
+from ttt_megatron.training.checkpoint_folder import resolve_checkpoint
+from ttt_megatron.training.weights import read_weights
+
+logger = logging.getLogger(__name__)
+
+_PRIME = ".prime_"
+_PRIME_POST_NORM = ".prime_post_norm."
+
+
+@torch.no_grad()
+def start_from(learner: nn.Module, source: Path | str) -> Path:
+    """Copies the weights of a run or checkpoint into a fresh learner; returns the checkpoint.
+
+    Raises UserError naming the parameter that differs in shape, or that only one side has. Prime
+    MLPs that the source lacks altogether are added as the module's docstring says.
+    """
+    checkpoint = resolve_checkpoint(Path(source))
+    weights = read_weights(checkpoint)
+    extends = not any(_PRIME in name for name in weights)
+    parameters = dict(learner.named_parameters())
+    _check_names(set(parameters), set(weights), checkpoint, extends)
+    for name, parameter in parameters.items():
+        if name not in weights:
+            if _PRIME_POST_NORM in name:
+                parameter.zero_()
+            continue
+        if weights[name].shape != parameter.shape:
+            raise UserError(
+                f"training.init_from={checkpoint}: parameter {name} has the shape "
+                f"{tuple(weights[name].shape)} there and {tuple(parameter.shape)} in this model; "
+                f"make the model sections equal"
+            )
+        parameter.copy_(weights[name])
+    added = sum(parameters[name].numel() for name in parameters.keys() - weights.keys())
+    logger.info(
+        "weights from %s%s",
+        checkpoint,
+        f"; {added:,} parameters of prime MLPs added, starting as the plain model" if added else "",
+    )
+    return checkpoint
+
+
+def _check_names(ours: set[str], theirs: set[str], checkpoint: Path, extends: bool) -> None:
+    """Refuses a source whose parameters are not this model's."""
+    missing = sorted(name for name in ours - theirs if not (extends and _PRIME in name))
+    if missing:
+        raise UserError(
+            f"training.init_from={checkpoint} has no parameter {missing[0]} ({len(missing)} are "
+            f"missing); make the model sections equal, or start from a plain model"
+        )
+    surplus = sorted(theirs - ours)
+    if surplus:
+        raise UserError(
+            f"training.init_from={checkpoint} has a parameter {surplus[0]} that this model lacks "
+            f"({len(surplus)} are too many); make the model sections equal"
+        )

@@ -1,0 +1,160 @@
+"""The outer optimizer: AdamW on megatron-core's distributed optimizer, clipped and scheduled here.
+
+mcore's own clip divides by the norm plus 1e-6 and takes the norm in float32; its scheduler sets
+weight decay only from its first step on. Both are done here instead, exactly, through the two
+halves of its step that it offers apart: prepare_grads and step_with_ready_grads.
+"""
+
+import logging
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import OptimizerConfig as McoreOptimizerConfig
+from megatron.core.optimizer import ParamKey, get_megatron_optimizer
+from megatron.core.optimizer.optimizer_config import ParamPredicate
+from megatron.core.optimizer_param_scheduler import ParamGroupOverride
+
+from ttt_megatron.config.schema import OptimizerConfig
+from ttt_megatron.parallel.replica import learner_of, parameter_dtype
+from ttt_megatron.parallel.standins import megatron_scope
+from ttt_megatron.training.optimizer_state import (
+    AdamState,
+    NamedParameters,
+    empty_moments,
+    sharded_moments,
+)
+from ttt_megatron.training.schedule import learning_rate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Update:
+    """What one call of `OuterOptimizer.step` did.
+
+    `grad_norm` is the L2 norm of the whole mean gradient before the clip; `applied` is False where
+    it was not finite and nothing changed.
+    """
+
+    grad_norm: float
+    learning_rate: float
+    applied: bool
+
+
+class OuterOptimizer:
+    """AdamW over the shards this rank owns, with the global-norm clip and the schedule."""
+
+    def __init__(
+        self,
+        model_chunks: Sequence[DistributedDataParallel],
+        config: OptimizerConfig,
+        total_steps: int,
+    ) -> None:
+        self._chunks = list(model_chunks)
+        self._config = config
+        self._total_steps = total_steps
+        self._float64 = parameter_dtype(self._chunks[0]) == torch.float64
+        # mcore tells its whole configuration once per optimizer, as a warning-coloured log line.
+        logging.getLogger("megatron.core").setLevel(logging.WARNING)
+        with self._scope():
+            self._mcore = get_megatron_optimizer(
+                _mcore_config(config, torch.float64 if self._float64 else torch.float32),
+                self._chunks,
+                config_overrides=_decay_overrides(config),
+            )
+        self._adam = AdamState(self._mcore, self._chunks[0].dp_cp_group)
+        self._updates = 0
+
+    def _scope(self) -> AbstractContextManager[None]:
+        return megatron_scope(float64=self._float64)
+
+    def zero_grad(self) -> None:
+        """Clears the gradient buffers; call before each step's first backward pass."""
+        for chunk in self._chunks:
+            chunk.zero_grad_buffer()
+        self._mcore.zero_grad()
+
+    @torch.no_grad()
+    def step(self, step: int) -> Update:
+        """Clips the reduced gradients and makes the update that follows `step` earlier ones.
+
+        Collective. A gradient that is not finite leaves parameters and moments as they were.
+        """
+        rate = learning_rate(self._config, step, self._total_steps)
+        with self._scope():
+            self._mcore.prepare_grads()
+            gradients = [p.grad for p in self._mcore.get_parameters() if p.grad is not None]
+            norm = self._global_norm(gradients)
+            if not math.isfinite(norm):
+                return Update(grad_norm=norm, learning_rate=rate, applied=False)
+            clip = self._config.clip_grad
+            if clip > 0 and norm >= clip:
+                torch._foreach_mul_(gradients, clip / norm)
+            for group in self._mcore.param_groups:
+                group["lr"] = rate
+                group["weight_decay"] = self._config.weight_decay * group["wd_mult"]
+            self._mcore.step_with_ready_grads()
+        self._updates += 1
+        return Update(grad_norm=norm, learning_rate=rate, applied=True)
+
+    def _global_norm(self, gradients: list[torch.Tensor]) -> float:
+        """L2 norm over all ranks' shards, summed in float64."""
+        device = self._chunks[0].buffers[0].grad_data.device
+        squares = torch.zeros((), dtype=torch.float64, device=device)
+        for gradient in gradients:
+            squares += torch.linalg.vector_norm(gradient, dtype=torch.float64) ** 2
+        # Every rank owns other shards, whichever optimizer instance reduces them.
+        dist.all_reduce(squares, group=self._chunks[0].dp_cp_group)
+        return math.sqrt(squares.item()) if squares.isfinite() else math.nan
+
+    def _parameters(self) -> NamedParameters:
+        return [pair for chunk in self._chunks for pair in learner_of(chunk).named_parameters()]
+
+    def state_to_save(self) -> dict[str, Any]:
+        """Moments and update count for dist_checkpointing.save. Collective."""
+        moments = self._adam.gather(self._parameters())
+        return {"moments": sharded_moments(moments, replica=0), "updates": self._updates}
+
+    def state_to_load(self, replica: int) -> dict[str, Any]:
+        """Where dist_checkpointing.load puts them, on data-parallel rank `replica`."""
+        return {"moments": sharded_moments(empty_moments(self._parameters()), replica)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes what dist_checkpointing loaded."""
+        self._adam.scatter(self._parameters(), state["moments"])
+        self._updates = int(state["updates"])
+        self._adam.set_updates(self._updates)
+
+
+def build_optimizer(
+    model_chunks: Sequence[DistributedDataParallel], config: OptimizerConfig, total_steps: int
+) -> OuterOptimizer:
+    """The outer optimizer of a model in mcore's DDP, float32 or float64."""
+    return OuterOptimizer(model_chunks, config, total_steps)
+
+
+def _mcore_config(config: OptimizerConfig, dtype: torch.dtype) -> McoreOptimizerConfig:
+    return McoreOptimizerConfig(
+        optimizer="adam",
+        lr=config.lr,
+        min_lr=config.end_lr,
+        weight_decay=config.weight_decay,
+        adam_beta1=config.beta1,
+        adam_beta2=config.beta2,
+        adam_eps=config.eps,
+        params_dtype=dtype,
+        use_distributed_optimizer=True,
+        clip_grad=0.0,
+    )
+
+
+def _decay_overrides(config: OptimizerConfig) -> dict[ParamKey, ParamGroupOverride]:
+    """Which parameters do not decay: none, or everything that is no matrix."""
+    if config.decay == "all":
+        return {}
+    vectors = ParamPredicate(name="not_a_matrix", fn=lambda parameter: parameter.ndim < 2)
+    return {ParamKey(predicate=vectors): ParamGroupOverride(wd_mult=0.0)}

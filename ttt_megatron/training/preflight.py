@@ -1,0 +1,67 @@
+"""What can be refused before any process starts; all of it only reads."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from ttt_megatron.config.schema import RunConfig
+from ttt_megatron.data.dataset import open_dataset
+from ttt_megatron.data.stream import TokenStream
+from ttt_megatron.data.validation import validation_sequences
+from ttt_megatron.errors import UserError
+from ttt_megatron.training.checkpoint_folder import CHECKPOINTS, newest_complete, resolve_checkpoint
+from ttt_megatron.training.resume import refuse_changes
+from ttt_megatron.training.weights import read_config
+
+
+def resolve_run(config: RunConfig) -> RunConfig:
+    """The run with its vocabulary size taken from the data where the recipe leaves it open.
+
+    Raises UserError for data that cannot be read, has no row of the sequence length or no
+    validation documents that are asked for, or needs a larger vocabulary than the model has.
+    """
+    if not config.data.path:
+        raise UserError("data.path is empty: give the folder that `ttt-megatron prepare` wrote")
+    data = config.data
+    dataset = open_dataset(data.path)
+    TokenStream(dataset, data.sequence_length, data.packing, data.seed)
+    if config.training.eval_sequences:
+        validation = open_dataset(data.path, "validation")
+        validation_sequences(validation, data.sequence_length, config.training.eval_sequences)
+    vocabulary = config.model.vocab_size
+    if vocabulary is None:
+        return replace(config, model=replace(config.model, vocab_size=dataset.vocab_size))
+    if vocabulary < dataset.vocab_size:
+        raise UserError(
+            f"model.vocab_size={vocabulary} is less than the {dataset.vocab_size} tokens of "
+            f"{data.path}: leave it null to take the data's"
+        )
+    return config
+
+
+def check_start(config: RunConfig, *, fresh: bool) -> None:
+    """Raises UserError if the output folder cannot be written, holds a run that this one cannot
+    go on with, or training.init_from names no checkpoint."""
+    output = Path(config.training.output)
+    checkpoint = None if fresh else find_resumable(output)
+    if checkpoint is not None:
+        refuse_changes(read_config(checkpoint), config, str(checkpoint))
+    elif config.training.init_from is not None:
+        resolve_checkpoint(Path(config.training.init_from))
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"training.output={output} cannot be made ({error}): choose another"
+        ) from None
+    if not os.access(output, os.W_OK):
+        raise UserError(f"training.output={output} cannot be written to: choose another")
+
+
+def find_resumable(output: Path) -> Path | None:
+    """The newest complete checkpoint of a run's folder, None if it has none yet.
+
+    Raises UserError if it has checkpoints and all are damaged.
+    """
+    folder = output / CHECKPOINTS
+    return newest_complete(folder) if folder.is_dir() else None

@@ -1,0 +1,63 @@
+"""Going on with a run: which settings may have changed since, and which may not."""
+
+from typing import Any
+
+from ttt_megatron.config import to_dict
+from ttt_megatron.config.schema import RunConfig
+from ttt_megatron.errors import UserError
+
+# Neither the model, nor its data, nor the course of its training depends on these. The data's
+# fingerprint is compared apart from its path.
+_FREE_SECTIONS = ("parallel", "tracking")
+_FREE_KEYS = frozenset(
+    {
+        "name",
+        "data.path",
+        "inner.memory_policy",
+        "inner.two_level",
+        "inner.segment_chunks",
+        "training.micro_batch_size",
+        "training.device",
+        "training.recompute_prefix",
+        "training.init_from",
+        "training.output",
+        "training.save_interval",
+        "training.keep_last",
+        "training.milestone_interval",
+        "training.log_interval",
+        "training.eval_interval",
+        "training.eval_sequences",
+    }
+)
+
+
+def flatten_config(config: RunConfig) -> dict[str, Any]:
+    """Every setting by its dotted key."""
+    return _flat(to_dict(config))
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def refuse_changes(saved: RunConfig, config: RunConfig, checkpoint: str) -> None:
+    """Raises UserError naming every key that must not differ from the checkpoint's run, and does."""
+    before, now = flatten_config(saved), flatten_config(config)
+    changed = [
+        f"{key} is {now[key]} and was {before[key]}"
+        for key in now
+        if now[key] != before[key]
+        and key not in _FREE_KEYS
+        and key.split(".")[0] not in _FREE_SECTIONS
+    ]
+    if changed:
+        raise UserError(
+            f"{checkpoint} belongs to a run with other settings: {'; '.join(changed)}. Set them "
+            f"back to go on with it, or start anew with another training.output or with --fresh"
+        )

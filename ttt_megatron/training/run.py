@@ -1,0 +1,170 @@
+"""A run on one rank, from its resolved configuration to its result."""
+
+import fcntl
+import logging
+import os
+import random
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ttt_megatron.config.schema import RunConfig
+from ttt_megatron.data.dataset import open_dataset
+from ttt_megatron.data.stream import TokenStream
+from ttt_megatron.errors import UserError
+from ttt_megatron.parallel.groups import Groups, process_groups
+from ttt_megatron.parallel.replica import replicate
+from ttt_megatron.training.callbacks import build_callbacks
+from ttt_megatron.training.callbacks.metrics_log import METRICS_FILE
+from ttt_megatron.training.callbacks.tracking import TRACKING_FILE, tracking_uri
+from ttt_megatron.training.checkpoint import RunParts, load_checkpoint
+from ttt_megatron.training.checkpoint_folder import CHECKPOINTS, sweep
+from ttt_megatron.training.initial_weights import start_from
+from ttt_megatron.training.optimizer import build_optimizer
+from ttt_megatron.training.preflight import find_resumable
+from ttt_megatron.training.resume import refuse_changes
+from ttt_megatron.training.trainer import Trainer
+from ttt_megatron.training.weights import build_learner, read_config
+
+logger = logging.getLogger(__name__)
+
+_LOCK_FILE = ".lock"
+_BELONGS_TO_A_RUN = (CHECKPOINTS, METRICS_FILE, TRACKING_FILE, "*.png")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingResult:
+    """How a run ended: steps done of all, the newest checkpoint, and what followed it.
+
+    `stop_signal` is the signal that ended it early; `tracking_store` is None without MLflow.
+    """
+
+    step: int
+    steps: int
+    last_loss: float
+    checkpoint: str | None
+    tracking_store: str | None
+    tracking_run: str | None
+    stop_signal: int | None
+
+
+def run_training(config: RunConfig, fresh: bool = False) -> TrainingResult:
+    """Trains as one rank of a run whose configuration `resolve_run` has resolved. Collective.
+
+    Goes on from the newest complete checkpoint of the output folder; with `fresh`, what lies there
+    is put aside and the run starts over.
+
+    Raises UserError if another process trains in the folder, or as the parts it is made of do.
+    """
+    with process_groups(config.training.device) as groups:
+        _configure_logging(groups)
+        output = Path(config.training.output)
+        with _locked(output) if groups.is_main else nullcontext():
+            trainer = _build(config, groups, fresh)
+            trainer.fit()
+        return _result(trainer)
+
+
+def _build(config: RunConfig, groups: Groups, fresh: bool) -> Trainer:
+    training, output = config.training, Path(config.training.output)
+    checkpoint = _find_start(output, fresh) if groups.is_main else None
+    checkpoint = groups.broadcast_object(checkpoint)
+    if checkpoint is not None:
+        refuse_changes(read_config(checkpoint), config, str(checkpoint))
+    _seed(training.seed)
+    learner = build_learner(config)
+    if checkpoint is None and training.init_from is not None:
+        start_from(learner, training.init_from)
+    ddp = replicate(learner.to(groups.device), config.model, config.parallel)
+    optimizer = build_optimizer([ddp], config.optimizer, training.steps)
+    data = config.data
+    stream = TokenStream(open_dataset(data.path), data.sequence_length, data.packing, data.seed)
+    trainer = Trainer(
+        config=config,
+        parts=RunParts(ddp=ddp, optimizer=optimizer, groups=groups),
+        stream=stream,
+        callbacks=build_callbacks(config, groups),
+    )
+    if checkpoint is not None:
+        trainer.restore(load_checkpoint(trainer.parts, checkpoint), checkpoint)
+        if groups.is_main:
+            logger.info("going on from %s (step %d)", checkpoint, trainer.progress.step)
+    return trainer
+
+
+def _find_start(output: Path, fresh: bool) -> Path | None:
+    """The checkpoint to go on from, after tidying the folder; on the main rank."""
+    if fresh:
+        _put_aside(output)
+    sweep(output / CHECKPOINTS)
+    return find_resumable(output)
+
+
+def _put_aside(output: Path) -> None:
+    """Moves what belongs to the folder's run into `previous-N`, so that --fresh destroys nothing."""
+    found = [path for pattern in _BELONGS_TO_A_RUN for path in sorted(output.glob(pattern))]
+    if found:
+        number = 1
+        while (aside := output / f"previous-{number}").exists():
+            number += 1
+        aside.mkdir()
+        for path in found:
+            path.rename(aside / path.name)
+        logger.info("the run that was in %s is now in %s", output, aside)
+
+
+@contextmanager
+def _locked(output: Path) -> Iterator[None]:
+    """One training at a time in a folder. The lock goes with the process, however it ends."""
+    output.mkdir(parents=True, exist_ok=True)
+    # A POSIX lock: checkpoint writers forked from this process do not inherit it.
+    with (output / _LOCK_FILE).open("a+") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise UserError(
+                f"process {file.read().strip() or '(unknown)'} is training in {output}: wait for "
+                f"it, or choose another training.output"
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def _seed(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def _configure_logging(groups: Groups) -> None:
+    """Messages of ours, plain, on the main rank; of other ranks only errors."""
+    ours = logging.getLogger("ttt_megatron")
+    ours.setLevel(logging.INFO if groups.is_main else logging.ERROR)
+    if not ours.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        ours.addHandler(handler)
+        ours.propagate = False
+
+
+def _result(trainer: Trainer) -> TrainingResult:
+    config = trainer.config
+    output = Path(config.training.output)
+    tracked = config.tracking.mlflow
+    return TrainingResult(
+        step=trainer.progress.step,
+        steps=config.training.steps,
+        last_loss=trainer.progress.last_loss,
+        checkpoint=str(trainer.checkpoint) if trainer.checkpoint else None,
+        tracking_store=tracking_uri(config.tracking, output) if tracked else None,
+        tracking_run=trainer.tracking_run,
+        stop_signal=None if trainer.finished else trainer.stop_signal,
+    )

@@ -1,0 +1,166 @@
+"""The outer loop: batches in, updates out, callbacks told, checkpoints written."""
+
+import logging
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ttt_megatron.config.schema import RunConfig
+from ttt_megatron.data.prefetch import Prefetcher
+from ttt_megatron.data.stream import Batch, TokenStream
+from ttt_megatron.errors import UserError
+from ttt_megatron.training.callbacks.base import Callback
+from ttt_megatron.training.checkpoint import RunParts, save_checkpoint
+from ttt_megatron.training.checkpoint_folder import CheckpointInfo
+from ttt_megatron.training.flops import model_flops_per_token
+from ttt_megatron.training.optimizer import Update
+from ttt_megatron.training.records import StepRecord
+from ttt_megatron.training.schedule import inner_learning_rate, learning_rate
+from ttt_megatron.training.step import forward_backward, reduce_measurements
+
+logger = logging.getLogger(__name__)
+
+MAX_SKIPPED_IN_A_ROW = 10
+
+
+@dataclass
+class Progress:
+    """How far a run is: what a checkpoint keeps besides tensors and the data position."""
+
+    step: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    last_loss: float = math.nan
+
+
+@dataclass
+class Trainer:
+    """Runs outer steps from `progress.step` to `config.training.steps`.
+
+    Every rank holds one and calls `fit`, which is collective. `stop_signal` may be set at any time
+    (by a signal handler): the step under way is finished, saved, and `fit` returns.
+    """
+
+    config: RunConfig
+    parts: RunParts
+    stream: TokenStream
+    callbacks: Sequence[Callback] = ()
+    progress: Progress = field(default_factory=Progress)
+    tracking_run: str | None = None
+    stop_signal: int | None = None
+    stopped: bool = False
+    checkpoint: Path | None = None
+
+    def fit(self) -> None:
+        """Trains to the last step, or until asked to stop.
+
+        Raises UserError after ten steps in a row whose loss or gradient was not finite.
+        """
+        training, groups = self.config.training, self.parts.groups
+        share = (groups.data_rank, groups.data_size)
+        try:
+            for callback in self.callbacks:
+                callback.on_start(self)
+            with Prefetcher(self.stream, training.global_batch_size, *share) as batches:
+                while not (self.finished or self.stopped):
+                    self._advance(next(batches))
+            for callback in self.callbacks:
+                callback.on_end(self)
+        finally:
+            for callback in self.callbacks:
+                callback.close(self)
+
+    def _advance(self, batch: Batch) -> None:
+        record = self._step(batch)
+        for callback in self.callbacks:
+            callback.on_step(self, record)
+        training, step = self.config.training, self.progress.step
+        if step % training.save_interval == 0 or self.finished or self.stopped:
+            self.save()
+        if self.progress.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            raise UserError(self._diverged())
+
+    def _step(self, batch: Batch) -> StepRecord:
+        """One outer step; counts it in `progress`."""
+        start = time.perf_counter()
+        config, step = self.config, self.progress.step
+        total = config.training.steps
+        inner_lr = inner_learning_rate(config.inner, step, total)
+        micro_batches = batch.to(self.parts.groups.device).split(config.training.micro_batch_size)
+        self.parts.optimizer.zero_grad()
+        measured = forward_backward(self.parts.ddp, micro_batches, inner_lr)
+        measurements, self.stopped = reduce_measurements(
+            measured, self.stop_signal is not None, self.parts.groups
+        )
+        if math.isfinite(measurements.loss):
+            update = self.parts.optimizer.step(step)
+        else:
+            rate = learning_rate(config.optimizer, step, total)
+            update = Update(grad_norm=math.nan, learning_rate=rate, applied=False)
+        self._count(measurements.loss, update)
+        tokens = config.training.global_batch_size * config.data.sequence_length
+        return StepRecord(
+            step=self.progress.step,
+            measurements=measurements,
+            update=update,
+            inner_lr=inner_lr,
+            seconds=time.perf_counter() - start,
+            tokens=tokens,
+            model_flops=tokens * model_flops_per_token(config.model, config.data.sequence_length),
+        )
+
+    def _count(self, loss: float, update: Update) -> None:
+        progress = self.progress
+        progress.step += 1
+        # A finite loss under a gradient that is not makes no finite state either.
+        progress.last_loss = loss if update.applied else math.nan
+        progress.skipped += not update.applied
+        progress.skipped_in_a_row = 0 if update.applied else progress.skipped_in_a_row + 1
+        if not update.applied and self.parts.groups.is_main:
+            logger.warning(
+                "step %d skipped: loss %s, gradient norm %s", progress.step, loss, update.grad_norm
+            )
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last step is done, and not merely the last one for now."""
+        return self.progress.step >= self.config.training.steps
+
+    def report(self, metrics: dict[str, float]) -> None:
+        """Hands an evaluation's results, equal on all ranks, to the callbacks."""
+        for callback in self.callbacks:
+            callback.on_evaluation(self, self.progress.step, metrics)
+
+    def save(self) -> None:
+        """Writes a checkpoint of the state after `progress.step` steps. Collective."""
+        progress = self.progress
+        info = CheckpointInfo(
+            path="",
+            step=progress.step,
+            loss=progress.last_loss,
+            finite=math.isfinite(progress.last_loss),
+            data_fingerprint=self.stream.dataset.fingerprint,
+            tracking_run=self.tracking_run,
+        )
+        state = {"progress": asdict(progress), "stream": self.stream.state_dict()}
+        self.checkpoint = save_checkpoint(self.parts, self.config, info, state)
+        for callback in self.callbacks:
+            callback.on_checkpoint(self, self.checkpoint)
+
+    def restore(self, state: dict[str, Any], checkpoint: Path) -> None:
+        """Takes up where `save` left; `state` is what `load_checkpoint` returned."""
+        self.progress = Progress(**state["progress"])
+        self.stream.load_state_dict(state["stream"])
+        self.checkpoint = checkpoint
+
+    def _diverged(self) -> str:
+        return (
+            f"steps {self.progress.step - MAX_SKIPPED_IN_A_ROW + 1} to {self.progress.step} all had "
+            f"a loss or gradient that is not finite, and were skipped. The checkpoints up to the "
+            f"last finite one are kept in {self.config.training.output}. Lower optimizer.lr (or "
+            f"inner.lr), choose another training.output, and start from one of them with "
+            f"training.init_from"
+        )
