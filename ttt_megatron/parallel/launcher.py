@@ -124,7 +124,7 @@ def _worker(
 
 
 def _die_with(parent: int) -> None:
-    """Ends this process when the parent does, even by SIGKILL, so that no orphan goes on writing."""
+    """Ends this process with its parent, even by SIGKILL, so that no orphan goes on writing."""
     if sys.platform == "linux":
         import ctypes
 

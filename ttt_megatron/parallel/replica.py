@@ -53,11 +53,11 @@ def replicate(
     *,
     bucket_size: int | None = None,
 ) -> DistributedDataParallel:
-    """Wraps a learner, already on its device, in mcore's DDP with a distributed optimizer's buffers.
+    """Wraps a learner, already on its device, in mcore's DDP, ready for a distributed optimizer.
 
     Its parameters become views of one contiguous buffer; gradients arrive in `main_grad`, averaged
-    over the data-parallel ranks. `bucket_size` (parameters a bucket; None is mcore's choice) matters
-    only where communication overlaps computation.
+    over the data-parallel ranks. `bucket_size` (parameters a bucket; None is mcore's choice)
+    matters only where communication overlaps computation.
     """
     config = transformer_config(model)
     replica = Replica(config, learner)
@@ -94,7 +94,7 @@ def wait_for_parameters(ddp: DistributedDataParallel) -> None:
 
 
 def settle_parameters(ddp: DistributedDataParallel) -> None:
-    """Makes every rank's parameters current, outside of a training step (checkpoint, evaluation)."""
+    """Makes every rank's parameters current before a checkpoint or an evaluation reads them."""
     if ddp.ddp_config.overlap_param_gather:
         ddp.start_param_sync(force_sync=True)
 

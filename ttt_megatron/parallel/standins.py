@@ -91,5 +91,5 @@ def install_standins() -> None:
     checkpoint writers that no scope encloses, and without CUDA they could only raise.
     """
     if not torch.cuda.is_available():
-        torch.cuda.current_device = _cpu_device  # type: ignore[assignment, return-value]
+        torch.cuda.current_device = _cpu_device  # type: ignore[assignment]
         torch.cuda.synchronize = _nothing_to_wait_for

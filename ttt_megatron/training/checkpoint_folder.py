@@ -102,7 +102,8 @@ def resolve_checkpoint(path: Path) -> Path:
     checkpoint = newest_complete(folder) if folder.is_dir() else None
     if checkpoint is None:
         raise UserError(
-            f"{path} holds no checkpoint: give a run's folder (training.output) or a {_PREFIX}… folder"
+            f"{path} holds no checkpoint: give a run's folder (training.output) or a folder "
+            f"{_PREFIX}…"
         )
     return checkpoint
 
@@ -128,7 +129,7 @@ def sweep(folder: Path) -> None:
 
 
 def rotate(folder: Path, keep_last: int, milestone_interval: int) -> None:
-    """Removes checkpoints that are neither among the newest, a milestone, nor the last finite one."""
+    """Removes checkpoints that are not among the newest, no milestone, nor the last finite one."""
     checkpoints = list_checkpoints(folder)
     keep = set(checkpoints[-keep_last:])
     infos = {path: read_info(path) for path in checkpoints if (path / INFO).exists()}

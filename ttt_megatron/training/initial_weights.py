@@ -2,9 +2,9 @@
 
 A plain model has no prime MLPs. The extended model gets them as initialised, and the gain of the
 norm behind each starts at 0 instead of 1: the prime branch then adds exactly nothing, so the
-extended model starts as the plain model's function. Training reaches it all the same: the gain's own
-gradient does not vanish, and once the gain has moved, everything before it learns, inner steps
-included.
+extended model starts as the plain model's function. Training reaches it all the same: the gain's
+own gradient does not vanish, and once the gain has moved, everything before it learns, inner
+steps included.
 """
 
 import logging

@@ -116,8 +116,9 @@ class OuterOptimizer:
 
     def state_to_save(self) -> dict[str, Any]:
         """Moments and update count for dist_checkpointing.save. Collective."""
-        moments = self._adam.gather(self._parameters())
-        return {"moments": sharded_moments(moments, replica=0), "updates": self._updates}
+        moments = sharded_moments(self._adam.gather(self._parameters()), replica=0)
+        # No key at all where there are none: plain values must be equal on all ranks.
+        return {"updates": self._updates} | ({"moments": moments} if moments else {})
 
     def state_to_load(self, replica: int) -> dict[str, Any]:
         """Where dist_checkpointing.load puts them, on data-parallel rank `replica`."""

@@ -60,7 +60,7 @@ class AdamState:
                 yield slice(owned.start, owned.end), optimizer.optimizer.state[shard]
 
     def gather(self, parameters: NamedParameters) -> Moments:
-        """Every parameter's moments, whole, on the group's first rank; empty elsewhere. Collective."""
+        """Every parameter's moments, whole, on the first rank; nothing elsewhere. Collective."""
         first = dist.get_global_rank(self._group, 0)
         gathered: Moments = {}
         for name, parameter in parameters:

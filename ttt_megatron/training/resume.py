@@ -47,7 +47,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def refuse_changes(saved: RunConfig, config: RunConfig, checkpoint: str) -> None:
-    """Raises UserError naming every key that must not differ from the checkpoint's run, and does."""
+    """Raises UserError naming every key that differs from the checkpoint's run and must not."""
     before, now = flatten_config(saved), flatten_config(config)
     changed = [
         f"{key} is {now[key]} and was {before[key]}"

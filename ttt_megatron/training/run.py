@@ -106,7 +106,7 @@ def _find_start(output: Path, fresh: bool) -> Path | None:
 
 
 def _put_aside(output: Path) -> None:
-    """Moves what belongs to the folder's run into `previous-N`, so that --fresh destroys nothing."""
+    """Moves the folder's run into `previous-N` inside it, so that --fresh destroys nothing."""
     found = [path for pattern in _BELONGS_TO_A_RUN for path in sorted(output.glob(pattern))]
     if found:
         number = 1

@@ -158,9 +158,8 @@ class Trainer:
 
     def _diverged(self) -> str:
         return (
-            f"steps {self.progress.step - MAX_SKIPPED_IN_A_ROW + 1} to {self.progress.step} all had "
-            f"a loss or gradient that is not finite, and were skipped. The checkpoints up to the "
-            f"last finite one are kept in {self.config.training.output}. Lower optimizer.lr (or "
-            f"inner.lr), choose another training.output, and start from one of them with "
-            f"training.init_from"
+            f"the last {MAX_SKIPPED_IN_A_ROW} steps, up to step {self.progress.step}, had a loss or "
+            f"gradient that is not finite and were skipped. The last finite checkpoint is kept in "
+            f"{self.config.training.output}: lower optimizer.lr or inner.lr, choose another "
+            f"training.output, and start from that checkpoint with training.init_from"
         )

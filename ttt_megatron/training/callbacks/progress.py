@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING
 import psutil
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 from ttt_megatron.training.callbacks.base import Callback
 
@@ -31,7 +38,7 @@ class ProgressBar(Callback):
         self._interval = log_interval
         self._console = console or Console(stderr=True)
         self._bar: Progress | None = None
-        self._task = None
+        self._task: TaskID | None = None
         if bar and self._console.is_terminal:
             self._bar = Progress(
                 TextColumn("[bold]{task.description}"),

@@ -152,10 +152,11 @@ class MlflowTracking(Callback):
         # A server that is down is to be noticed within seconds; MLflow would try for minutes.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-        logging.getLogger("alembic").setLevel(logging.WARNING)
-        logging.getLogger("mlflow").setLevel(logging.WARNING)
         from mlflow.tracking import MlflowClient
 
+        # After the import, which sets levels of its own.
+        for chatty in ("alembic", "mlflow", "mlflow.store.db.utils"):
+            logging.getLogger(chatty).setLevel(logging.WARNING)
         client = MlflowClient(tracking_uri=self._uri)
         run = self._continue(client) or self._create(client)
         self._trainer.tracking_run = run
