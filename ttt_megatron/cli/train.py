@@ -1,6 +1,7 @@
 """`ttt-megatron train`: train a model, or go on where a run stopped."""
 
 import argparse
+import os
 import sys
 
 from ttt_megatron.config import load_recipe
@@ -39,17 +40,17 @@ def run(args: argparse.Namespace) -> int:
     config = load_recipe(args.recipe, args.overrides)
     # torch and mcore take seconds to import: not before the recipe is known to be good.
     from ttt_megatron.training.preflight import check_start, resolve_run
-    from ttt_megatron.training.run import run_training
+    from ttt_megatron.training.run import train_worker
 
     config = resolve_run(config)
     if not under_torchrun():
         check_start(config, fresh=args.fresh)
     try:
-        result = launch(run_training, (config, args.fresh), config.parallel.data)
+        result = launch(train_worker, (config, args.fresh), config.parallel.data)
     except WorkerError as failure:
         print(f"error: {failure}", file=sys.stderr)
         return EXIT_WORKER_FAILED
-    if not _is_main_rank():
+    if os.environ.get("RANK", "0") != "0":
         return 0
     if result.stop_signal is not None:
         return EXIT_SIGNAL_BASE + result.stop_signal
@@ -61,8 +62,3 @@ def run(args: argparse.Namespace) -> int:
     print(f"next        ttt-megatron evaluate {config.training.output}")
     return 0
 
-
-def _is_main_rank() -> bool:
-    import os
-
-    return os.environ.get("RANK", "0") == "0"

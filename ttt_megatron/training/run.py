@@ -53,6 +53,14 @@ class TrainingResult:
     stop_signal: int | None
 
 
+def train_worker(config: RunConfig, fresh: bool) -> TrainingResult:
+    """`run_training` in a process of its own: our messages go to stderr, the main rank's alone."""
+    ours = logging.getLogger("ttt_megatron")
+    ours.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    return run_training(config, fresh)
+
+
 def run_training(config: RunConfig, fresh: bool = False) -> TrainingResult:
     """Trains as one rank of a run whose configuration `resolve_run` has resolved. Collective.
 
@@ -62,7 +70,6 @@ def run_training(config: RunConfig, fresh: bool = False) -> TrainingResult:
     Raises UserError if another process trains in the folder, or as the parts it is made of do.
     """
     with process_groups(config.training.device) as groups:
-        _configure_logging(groups)
         output = Path(config.training.output)
         with _locked(output) if groups.is_main else nullcontext():
             trainer = _build(config, groups, fresh)
@@ -142,17 +149,6 @@ def _seed(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-
-
-def _configure_logging(groups: Groups) -> None:
-    """Messages of ours, plain, on the main rank; of other ranks only errors."""
-    ours = logging.getLogger("ttt_megatron")
-    ours.setLevel(logging.INFO if groups.is_main else logging.ERROR)
-    if not ours.handlers:
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        ours.addHandler(handler)
-        ours.propagate = False
 
 
 def _result(trainer: Trainer) -> TrainingResult:
