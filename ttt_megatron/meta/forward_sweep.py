@@ -13,7 +13,7 @@ from torch import Tensor
 from ttt_megatron.meta import inner_step
 from ttt_megatron.meta.problem import Problem
 from ttt_megatron.meta.substitute import substituted
-from ttt_megatron.meta.suffix_kv import SuffixKV
+from ttt_megatron.meta.suffix_kv import ChunkCache
 from ttt_megatron.meta.tape import Entry, Recorded, Tape, keep_adjoint
 
 
@@ -46,7 +46,7 @@ class SweepState:
     """Where a sweep stands: the fast weights before the next chunk, and the suffix's KV."""
 
     fast: list[Tensor]
-    kv: SuffixKV
+    kv: ChunkCache
 
 
 def read_chunk(

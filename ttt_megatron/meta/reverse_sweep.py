@@ -20,7 +20,7 @@ from ttt_megatron.meta.forward_sweep import ChunkHistory
 from ttt_megatron.meta.pair import MovingWeight, Pair
 from ttt_megatron.meta.problem import Problem
 from ttt_megatron.meta.substitute import substituted
-from ttt_megatron.meta.suffix_kv import SuffixKV, gradients
+from ttt_megatron.meta.suffix_kv import ChunkCache, SuffixKV, gradients
 from ttt_megatron.meta.tape import Playback
 from ttt_megatron.model.attention import KV
 from ttt_megatron.model.mlp import FastMLP
@@ -64,7 +64,7 @@ def slow_leaves(problem: Problem) -> list[Tensor]:
 def plain_graph(
     problem: Problem,
     prefix_output: Tensor,
-    kv: SuffixKV,
+    kv: ChunkCache,
     fast: list[Tensor],
     slow: list[Tensor],
     chunk: int,
@@ -87,7 +87,7 @@ def plain_graph(
 def moving_graph(
     problem: Problem,
     prefix_output: Tensor,
-    kv: SuffixKV,
+    kv: ChunkCache,
     fast: list[Tensor],
     slow: list[Tensor],
     chunk: int,
@@ -120,7 +120,7 @@ def moving_graph(
     return ChunkGraph(root, own, None, x, leaves, past)
 
 
-def _past_leaves(kv: SuffixKV, start: int) -> list[KV | None]:
+def _past_leaves(kv: ChunkCache, start: int) -> list[KV | None]:
     return [None if c is None else KV(_leaf(c.k), _leaf(c.v)) for c in kv.past(start)]
 
 
@@ -150,7 +150,7 @@ def pull_back(
 def reverse_step(
     problem: Problem,
     prefix_output: Tensor,
-    kv: SuffixKV,
+    kv: ChunkCache,
     fast: list[Tensor],
     history: ChunkHistory,
     cotangents: Cotangents,

@@ -1,11 +1,22 @@
 """The suffix blocks' keys and values over whole sequences, or their cotangents."""
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ttt_megatron.model.attention import KV
+
+
+class ChunkCache(Protocol):
+    """What reading a chunk asks of a store of keys and values, whatever else it forgets."""
+
+    def past(self, start: int) -> list[KV | None]:
+        """For each suffix block after the first, what a chunk at `start` can see before it."""
+
+    def write(self, start: int, own: Sequence[KV]) -> None:
+        """Store the keys and values of the tokens from `start` on."""
 
 
 class SuffixKV:
