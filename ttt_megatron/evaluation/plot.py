@@ -1,0 +1,46 @@
+"""Loss by position as a picture."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ttt_megatron.evaluation.report import PositionReport
+from ttt_megatron.evaluation.statistics import Bucket
+
+
+def draw_by_position(
+    report: PositionReport, path: Path, title: str, window_size: int | None = None
+) -> None:
+    """Writes a PNG: one curve a way of reading, ± 1 standard error, positions on a log axis.
+
+    The attention window is marked by a dashed line where positions go beyond it.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    x = _centres(report.buckets)
+    for name in report.curves:
+        means = [report.mean(name, number) for number in range(len(report.buckets))]
+        y = np.array([mean.mean for mean in means])
+        error = np.nan_to_num(np.array([mean.standard_error for mean in means]))
+        (line,) = axes.plot(x, y, marker="o", markersize=3, linewidth=1.2, label=name)
+        axes.fill_between(x, y - error, y + error, color=line.get_color(), alpha=0.2, linewidth=0)
+    if window_size is not None and window_size < report.buckets[-1].stop:
+        axes.axvline(window_size, color="grey", linestyle="--", linewidth=1, label="window")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.set(xlabel="position (tokens)", ylabel="nats a token", title=title)
+    axes.legend()
+    beside = path.with_name(f".{path.stem}.tmp.png")
+    figure.savefig(beside, dpi=120)
+    pyplot.close(figure)
+    beside.replace(path)
+
+
+def _centres(buckets: Sequence[Bucket]) -> np.ndarray:
+    """Where a bucket is drawn: the middle on the log axis, the first one's on the linear one."""
+    return np.array([np.sqrt(max(b.start, b.stop / 4) * b.stop) for b in buckets])
