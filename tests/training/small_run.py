@@ -43,9 +43,7 @@ def make_data(folder: Path) -> Path:
         words = generator.choices(("sea", "whale", "ship", "harpoon", "night"), k=200)
         (source / f"{number:02d}.txt").write_text(" ".join(words))
     output = folder / "data"
-    prepare(
-        PrepareOptions(inputs=(str(source),), output=str(output), validation=0.25, workers=1)
-    )
+    prepare(PrepareOptions(inputs=(str(source),), output=str(output), validation=0.25, workers=1))
     return output
 
 

@@ -61,4 +61,3 @@ def run(args: argparse.Namespace) -> int:
         print(f"            mlflow ui --backend-store-uri {result.tracking_store}")
     print(f"next        ttt-megatron evaluate {config.training.output}")
     return 0
-

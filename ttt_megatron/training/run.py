@@ -72,12 +72,13 @@ def run_training(config: RunConfig, fresh: bool = False) -> TrainingResult:
     with process_groups(config.training.device) as groups:
         output = Path(config.training.output)
         with _locked(output) if groups.is_main else nullcontext():
-            trainer = _build(config, groups, fresh)
+            trainer = build_trainer(config, groups, fresh)
             trainer.fit()
         return _result(trainer)
 
 
-def _build(config: RunConfig, groups: Groups, fresh: bool) -> Trainer:
+def build_trainer(config: RunConfig, groups: Groups, fresh: bool = False) -> Trainer:
+    """Everything a run consists of, standing where its newest checkpoint left it. Collective."""
     training, output = config.training, Path(config.training.output)
     checkpoint = _find_start(output, fresh) if groups.is_main else None
     checkpoint = groups.broadcast_object(checkpoint)

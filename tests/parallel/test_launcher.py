@@ -1,0 +1,53 @@
+"""What the parent tells when its workers fail."""
+
+import os
+import signal
+
+import pytest
+import torch.distributed as dist
+
+from ttt_megatron.errors import UserError
+from ttt_megatron.parallel.groups import process_groups
+from ttt_megatron.parallel.launcher import WorkerError, launch
+
+
+def _fail(how: str) -> None:
+    """Rank 1 fails; rank 0 is left waiting for it, and fails in turn."""
+    with process_groups("cpu") as groups:
+        if groups.rank == 1:
+            if how == "user":
+                raise UserError("data.path is empty")
+            if how == "crash":
+                raise ValueError("not for users")
+            os.kill(os.getpid(), signal.SIGKILL)
+        groups.barrier()
+
+
+def test_the_first_failure_is_told_once_with_its_rank() -> None:
+    with pytest.raises(UserError, match=r"^rank 1: data\.path is empty$"):
+        launch(_fail, ("user",), 2)
+
+
+def test_a_crash_is_told_with_its_traceback() -> None:
+    with pytest.raises(WorkerError, match=r"rank 1 failed:\n(?s:.*)ValueError: not for users$"):
+        launch(_fail, ("crash",), 2)
+
+
+def test_a_killed_worker_is_told_by_its_signal() -> None:
+    with pytest.raises(WorkerError, match="SIGKILL"):
+        launch(_fail, ("kill",), 2)
+
+
+def test_under_torchrun_the_world_must_be_the_recipes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(UserError, match=r"4 processes, but parallel\.data=2"):
+        launch(_fail, ("user",), 2)
+
+
+def test_one_process_is_a_group_of_one() -> None:
+    with process_groups("cpu") as groups:
+        assert (groups.rank, groups.world_size, groups.data_size) == (0, 1, 1)
+        assert dist.get_backend() == "gloo"
+        assert groups.gather_objects("x") == ["x"]
+    assert not dist.is_initialized()
