@@ -1,4 +1,4 @@
-"""Compare the engine and the oracle with golden files, in float64 and float32.
+"""Compare the engine, the oracle and the trainer with golden files, in float64 and float32.
 
     python tools/check_golden.py tests/golden/*.npz
 
@@ -8,140 +8,93 @@ status 1 if one is beyond its bound (1e-10 in float64, 1e-5 in float32).
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from golden import Golden, build_learner, fast_to_golden, read_golden, to_ours
+from golden import Golden, build_learner, read_golden, to_ours
+from golden_figures import Figures, engine_figures, oracle_figures, trainer_figures
 from torch import Tensor
 
 from ttt_megatron.errors import UserError
-from ttt_megatron.meta.learner import Learner
-from ttt_megatron.meta.oracle import oracle
 
 BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-5}
-Figures = dict[str, Tensor]
-
-
-def engine_figures(golden: Golden, learner: Learner) -> tuple[Figures, Figures]:
-    """Loss quantities and meta-gradients of the engine."""
-    batch = golden.batch()
-    output = learner(*batch, golden.inner_lr)
-    output.loss.backward()
-    gradients = {n: p.grad for n, p in learner.model.named_parameters() if p.grad is not None}
-    last = golden.arrays["chunk_loss"].shape[1] - 1
-    with torch.no_grad():
-        ends = learner(*batch, golden.inner_lr, final_step=True, logits_of=(0, last))
-        x = learner.model.embed(batch[0], learner.compute_dtype)
-        rotation = learner.model.rotations(0, batch[0].shape[1], x)
-        prefix_out = learner.model.prefix_blocks(x, rotation)
-    figures = {
-        "loss": output.loss.detach(),
-        "seq_loss": output.chunk_losses.mean(1),
-        "chunk_loss": output.chunk_losses,
-        "token_nll": output.token_nll,
-        "eval_loss": ends.loss,
-        "logits_first_chunk": ends.logits[0],
-        "logits_last_chunk": ends.logits[last],
-    }
-    if golden.is_meta:
-        figures |= {"prefix_out": prefix_out, "inner_gnorm": ends.inner_grad_norms}
-        figures |= {f"fast/{k}": v for k, v in fast_to_golden(ends.fast_weights).items()}
-    return figures, gradients
-
-
-def oracle_figures(golden: Golden, learner: Learner) -> tuple[Figures, Figures]:
-    """The same of the oracle."""
-    batch = golden.batch()
-    result = oracle(learner.model, *batch, learner.settings(golden.inner_lr, batch[0].shape[1]))
-    result.loss.backward()
-    gradients = {n: p.grad for n, p in learner.model.named_parameters() if p.grad is not None}
-    figures = {
-        "loss": result.loss,
-        "seq_loss": result.chunk_losses.mean(1),
-        "chunk_loss": result.chunk_losses,
-        "token_nll": result.token_nll,
-        "logits_first_chunk": result.logits[0],
-        "logits_last_chunk": result.logits[-1],
-        "prefix_out": result.prefix_output,
-        "inner_gnorm": result.gradient_norms,
-    }
-    figures |= {f"fast/{k}": v for k, v in fast_to_golden(result.fast).items()}
-    return {k: v.detach() for k, v in figures.items()}, gradients
+VARIANTS: dict[str, dict[str, object]] = {
+    "recompute": {},
+    "save_act": {"memory_policy": "save_activations"},
+    "save_all": {"memory_policy": "save_all"},
+    "two_level": {"two_level": True},
+}
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """Largest difference over the largest expected entry."""
+    """Largest difference over the largest expected entry; infinite for another shape."""
+    if actual.shape != expected.shape:
+        return float("inf")
     difference = (actual.double() - expected.double()).abs().max()
     return float(difference / expected.abs().max().clamp_min(1e-300))
 
 
-def expected_figure(golden: Golden, name: str, actual: Tensor) -> Tensor:
-    """The golden array a figure is held against."""
-    expected = golden.tensor("loss" if name == "eval_loss" else name)
-    if name.startswith("logits") and actual.shape != expected.shape:
-        rows = expected.shape[1]
-        raise UserError(f"{golden.name}: {name} has {rows} tokens where {actual.shape[1]} came out")
+def expected_figures(golden: Golden, computed: Figures, own_names: Figures) -> Figures:
+    """The file's arrays in the layout of what was computed; absent quantities are missing."""
+    expected = dict(own_names)
+    for name in computed:
+        stored = "loss" if name == "eval_loss" else name
+        if not name.startswith("g/") and stored in golden.arrays:
+            expected[name] = golden.tensor(stored)
     return expected
 
 
-def compare(
-    golden: Golden, figures: Figures, gradients: Figures, learner: Learner
-) -> Iterator[tuple[str, float]]:
-    """(quantity, error) of everything the file holds."""
-    for name, actual in figures.items():
-        if name.startswith("logits") and not golden.is_meta:
-            rows = golden.arrays[name].shape[1]
+def errors(computed: Figures, expected: Figures) -> Iterator[tuple[str, float]]:
+    """(quantity, error) of everything expected; infinite for what was not computed."""
+    for name, value in expected.items():
+        actual = computed.get(name)
+        if actual is not None and name.startswith("logits") and actual.shape != value.shape:
+            rows = value.shape[1]
             actual = actual[:, :rows] if "first" in name else actual[:, -rows:]
-        yield name, relative_error(actual, expected_figure(golden, name, actual))
-    theirs = {k[2:]: golden.tensor(k) for k in golden.arrays if k.startswith("g/")}
-    ours = to_ours(theirs, learner)
-    missing = ours.keys() - gradients.keys()
-    if missing:
-        yield f"g/{min(missing)} (none)", float("inf")
-    for name in ours.keys() & gradients.keys():
-        yield f"g/{name}", relative_error(gradients[name], ours[name])
-
-
-def outer_errors(golden: Golden, dtype: torch.dtype) -> Iterator[tuple[str, float]]:
-    """Three AdamW steps of the trainer's own optimizer, where the file holds them."""
-    from outer_steps import run_outer_steps
-
-    yield from run_outer_steps(golden, build_learner(golden, dtype))
+        yield name, float("inf") if actual is None else relative_error(actual, value)
 
 
 def check_file(golden: Golden, dtype: torch.dtype) -> Iterator[tuple[str, str, float]]:
     """(computed by, quantity, error) of one file in one precision."""
-    ways: list[tuple[str, Callable[[Golden, Learner], tuple[Figures, Figures]], dict]] = [
-        ("engine", engine_figures, {})
-    ]
-    if golden.is_meta:
-        variants: list[dict] = [
-            {"memory_policy": "save_activations"},
-            {"memory_policy": "save_all"},
-            {"two_level": True},
-        ]
-        ways += [("engine/" + "".join(map(str, v.values())), engine_figures, v) for v in variants]
-        ways.append(("oracle", oracle_figures, {}))
-    for way, function, inner in ways:
+    gradients = {k[2:]: golden.tensor(k) for k in golden.arrays if k.startswith("g/")}
+    ways = VARIANTS if golden.is_meta else {"engine": {}}
+    for way, inner in [*ways.items(), ("oracle", {})]:
         learner = build_learner(golden, dtype, **inner)
-        for quantity, error in compare(golden, *function(golden, learner), learner):
+        own_names = {f"g/{k}": v for k, v in to_ours(gradients, learner).items()}
+        compute = oracle_figures if way == "oracle" else engine_figures
+        computed = compute(golden, learner)
+        for quantity, error in errors(computed, expected_figures(golden, computed, own_names)):
             yield way, quantity, error
     if "outer/loss_0" in golden.arrays:
-        for quantity, error in outer_errors(golden, dtype):
+        for quantity, error in errors(*trainer_figures(golden, dtype)):
             yield "trainer", quantity, error
 
 
-def summarise(rows: list[tuple[str, str, float]]) -> Iterator[tuple[str, str, str, float]]:
-    """Worst error by way and group of quantities, with the quantity it was found in."""
-    worst: dict[tuple[str, str], tuple[float, str]] = {}
+def group_of(quantity: str) -> str:
+    """The row a quantity is printed in."""
+    if quantity.startswith("g/"):
+        return "meta-gradients"
+    parts = quantity.split("/")
+    return "/".join(parts[:2]) if parts[0] in ("outer", "fast") else parts[0]
+
+
+def print_table(rows: list[tuple[str, str, float]], bound: float) -> int:
+    """Worst error by quantity (down) and way (across); returns the number beyond the bound."""
+    ways = list(dict.fromkeys(way for way, _, _ in rows))
+    worst: dict[tuple[str, str], float] = {}
+    failures = 0
     for way, quantity, error in rows:
-        group = quantity.split("/")[0] if quantity[:2] in ("g/", "ou") else quantity
-        key = (way, {"g": "meta-gradients"}.get(group, group))
-        if key not in worst or not error <= worst[key][0]:
-            worst[key] = (error, quantity)
-    for (way, group), (error, quantity) in worst.items():
-        yield way, group, quantity if quantity != group else "", error
+        key = (group_of(quantity), way)
+        worst[key] = max(worst.get(key, 0.0), error)
+        if not error <= bound:
+            failures += 1
+            print(f"  BEYOND THE BOUND: {way} {quantity} {error:.1e}")
+    print(f"  {'':24s}" + "".join(f"{way:>11s}" for way in ways))
+    for group in dict.fromkeys(group for group, _ in worst):
+        cells = (worst.get((group, way)) for way in ways)
+        print(f"  {group:24s}" + "".join(" " * 11 if c is None else f"{c:11.1e}" for c in cells))
+    return failures
 
 
 def main() -> int:
@@ -155,13 +108,8 @@ def main() -> int:
         for path in parser.parse_args().files:
             golden = read_golden(path)
             for dtype, bound in BOUNDS.items():
-                rows = list(check_file(golden, dtype))
                 print(f"\n{golden.name}  {str(dtype)[6:]}  (bound {bound:g})")
-                for way, group, quantity, error in summarise(rows):
-                    ok = error <= bound
-                    failures += not ok
-                    mark = "" if ok else "   BEYOND THE BOUND"
-                    print(f"  {way:24s} {group:20s} {error:9.1e}  {quantity}{mark}")
+                failures += print_table(list(check_file(golden, dtype)), bound)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

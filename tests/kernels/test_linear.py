@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.func import jvp
+
 from ttt_kernels import (
     fast_linear,
     fast_linear_pair,

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.func import jvp
+
 from ttt_kernels import rms_norm, rms_norm_pair, rope, rotations, swiglu, swiglu_pair
 from ttt_kernels.rms_norm.reference import rms_norm_reference
 from ttt_kernels.rope.reference import rope_reference

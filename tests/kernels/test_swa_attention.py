@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.func import jvp
+
 from ttt_kernels.swa_attention import tiles
 from ttt_kernels.swa_attention.op import (
     KnownAdjoints,

@@ -7,9 +7,9 @@ own gradients are formed, each within its chunk.
 from dataclasses import dataclass, field
 
 import torch
-import ttt_kernels
 from torch import Tensor
 
+import ttt_kernels
 from ttt_megatron.meta import inner_step
 from ttt_megatron.meta.problem import Problem
 from ttt_megatron.meta.substitute import substituted
@@ -118,4 +118,4 @@ def step_through_chunk(
 def new_report(problem: Problem, logits_of: tuple[int, ...] = ()) -> SweepReport:
     """An empty report; the logits of the chunks asked for are kept."""
     nll = problem.token_weights.new_zeros(problem.targets.shape)
-    return SweepReport(nll, logits={chunk: nll for chunk in logits_of})
+    return SweepReport(nll, logits=dict.fromkeys(logits_of, nll))

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 
 import torch
-import ttt_kernels
 from torch import Tensor, nn
 
+import ttt_kernels
 from ttt_megatron.config.schema import InnerConfig, ModelConfig
 from ttt_megatron.meta import inner_step
 from ttt_megatron.meta.forward_sweep import SweepReport

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-import ttt_kernels
 from torch import Tensor
 
+import ttt_kernels
 from ttt_megatron.meta import inner_step
 from ttt_megatron.meta.problem import InnerSettings
 from ttt_megatron.model.attention import KV

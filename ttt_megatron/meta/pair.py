@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import ttt_kernels
 from torch import Tensor
-from ttt_kernels.swa_attention.op import KnownAdjoints, SavedAttention, swa_attention_pair
 
+import ttt_kernels
+from ttt_kernels.swa_attention.op import KnownAdjoints, SavedAttention, swa_attention_pair
 from ttt_megatron.meta.tape import Playback
 from ttt_megatron.model import ops
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import ttt_kernels
 from torch import Tensor
 
+import ttt_kernels
 from ttt_megatron.meta import inner_step
 from ttt_megatron.meta.forward_sweep import ChunkHistory
 from ttt_megatron.meta.pair import MovingWeight, Pair

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import ttt_kernels
 from torch import Tensor
-from ttt_kernels.swa_attention.op import swa_attention_saved
 
+import ttt_kernels
+from ttt_kernels.swa_attention.op import swa_attention_saved
 from ttt_megatron.config.schema import MemoryPolicy
 from ttt_megatron.model import ops
 
@@ -173,7 +173,7 @@ def _attention(
     window: int | None,
 ) -> Recorded:
     entry = q.tape.new_entry()
-    inputs = [_recorded_input(x, entry, index) for index, x in enumerate((q, k, v))]
-    saved = swa_attention_saved(*inputs, window, past_k, past_v)
+    own_q, own_k, own_v = (_recorded_input(x, entry, i) for i, x in enumerate((q, k, v)))
+    saved = swa_attention_saved(own_q, own_k, own_v, window, past_k, past_v)
     entry.output, entry.lse = saved.out.detach(), saved.lse
     return q.like(saved.out)

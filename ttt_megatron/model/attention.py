@@ -1,4 +1,4 @@
-"""Self-attention with normalised queries and keys (algorithm.md §3 in the design; QK norm, RoPE)."""
+"""Self-attention with normalised queries and keys, and rotary positions."""
 
 from typing import NamedTuple
 

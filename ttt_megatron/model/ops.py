@@ -8,8 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import ttt_kernels
 from torch import Tensor
+
+import ttt_kernels
 
 Operand = Any
 """A tensor, or an operand of a registered kind that stands for one."""
@@ -55,7 +56,7 @@ def linear(x: Operand, weight: Tensor) -> Operand:
 
 @Operation
 def fast_linear(x: Operand, weight: Operand) -> Operand:
-    """x @ weightᵀ with fast weights: [b, T, in], [b, out, in] (or shared [out, in]) → [b, T, out]."""
+    """x @ weightᵀ, weights per sequence: [b, T, in], [b, out, in] (or [out, in]) → [b, T, out]."""
     return ttt_kernels.fast_linear(x, weight)
 
 

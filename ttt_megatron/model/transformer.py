@@ -8,10 +8,10 @@ the rest; a meta step runs it chunk by chunk.
 from collections.abc import Sequence
 
 import torch
-import ttt_kernels
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import ttt_kernels
 from ttt_megatron.config.schema import ModelConfig
 from ttt_megatron.model.attention import KV
 from ttt_megatron.model.block import Block
