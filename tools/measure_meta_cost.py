@@ -16,6 +16,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ttt_megatron.meta.learner import Learner
+
+    Batch = tuple[Tensor, Tensor, Tensor]
 
 VARIANTS = (
     "plain",
@@ -42,7 +50,7 @@ def resident_bytes(key: str) -> int:
     raise OSError(f"/proc/self/status has no {key}")
 
 
-def build(arguments: argparse.Namespace, variant: str):  # type: ignore[no-untyped-def]
+def build(arguments: argparse.Namespace, variant: str) -> "tuple[Learner, Batch]":
     """A learner of the given shape and one batch for it."""
     import torch
 
@@ -85,21 +93,22 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
     torch.set_num_threads(1)
     torch.mm(torch.ones(512, 512), torch.ones(512, 512))
     before = resident_bytes("VmRSS")
-    learner, batch = build(arguments, arguments.measure)
+    learner, (tokens, targets, mask) = build(arguments, arguments.measure)
 
     def step() -> None:
         if arguments.measure == "oracle":
             from ttt_megatron.meta.oracle import oracle
 
-            settings = learner.settings(learner.inner.lr, batch[0].shape[1])
-            oracle(learner.model, *batch, settings).loss.backward()
+            settings = learner.settings(learner.inner.lr, tokens.shape[1])
+            oracle(learner.model, tokens, targets, mask, settings).loss.backward()
         else:
-            learner(*batch).loss.backward()
+            learner(tokens, targets, mask).loss.backward()
 
     step()
-    Path("/proc/self/clear_refs").write_text("5")
-    step()
-    peak = resident_bytes("VmHWM") - before
+    if arguments.figure == "memory":
+        Path("/proc/self/clear_refs").write_text("5")
+        step()
+        return {"peak_bytes": float(resident_bytes("VmHWM") - before)}
     seconds = []
     for _ in range(arguments.repeats):
         start = time.process_time()
@@ -108,19 +117,19 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
     return {
         "flops": float(count_flops(step)),
         "cpu_seconds": statistics.median(seconds),
-        "peak_bytes": float(peak),
     }
 
 
-def measure_apart(arguments: argparse.Namespace, variant: str) -> dict[str, float]:
-    """Measure one variant in a process of its own."""
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "MALLOC_ARENA_MAX": "1",
-        "MALLOC_MMAP_THRESHOLD_": "65536",
-        "MALLOC_TRIM_THRESHOLD_": "65536",
-    }
-    command = [sys.executable, __file__, *sys.argv[1:], "--measure", variant]
+def measure_apart(variant: str, figure: str) -> dict[str, float]:
+    """Measure one variant in a process of its own.
+
+    For memory, the C library is told to give freed blocks back at once, which costs time.
+    """
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    if figure == "memory":
+        environment |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    options = ["--measure", variant, "--figure", figure]
+    command = [sys.executable, __file__, *sys.argv[1:], *options]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"{variant} failed:\n{done.stderr}")
@@ -135,9 +144,7 @@ def report(rounds: dict[str, list[dict[str, float]]]) -> int:
         for variant, results in rounds.items()
     }
     plain = medians["plain"]
-    print(
-        f"{'variant':18s} {'GFLOP':>8s} {'ratio':>6s} {'CPU s':>8s} {'ratio':>6s} {'peak MB':>8s} {'ratio':>6s}"
-    )
+    print(f"{'variant':18s}   GFLOP  ratio    CPU s  ratio  peak MB  ratio")
     exceeded = 0
     for variant, row in medians.items():
         ratio = {key: value / plain[key] for key, value in row.items()}
@@ -147,9 +154,9 @@ def report(rounds: dict[str, list[dict[str, float]]]) -> int:
                 exceeded += 1
                 notes.append(f"{key} beyond {bound}")
         print(
-            f"{variant:18s} {row['flops'] / 1e9:8.2f} {ratio['flops']:6.3f} {row['cpu_seconds']:8.3f} "
-            f"{ratio['cpu_seconds']:6.3f} {row['peak_bytes'] / 1e6:8.1f} {ratio['peak_bytes']:6.3f}  "
-            + "; ".join(notes)
+            f"{variant:18s}{row['flops'] / 1e9:8.2f} {ratio['flops']:6.3f} "
+            f"{row['cpu_seconds']:8.3f} {ratio['cpu_seconds']:6.3f} "
+            f"{row['peak_bytes'] / 1e6:8.1f} {ratio['peak_bytes']:6.3f}  {'; '.join(notes)}"
         )
     return exceeded
 
@@ -169,11 +176,12 @@ def main() -> int:
     parser.add_argument("--window", type=int, default=1024)
     parser.add_argument("--chunks", type=int, default=8, help="chunks a sequence")
     parser.add_argument("--batch", type=int, default=1, help="sequences")
-    parser.add_argument("--repeats", type=int, default=5, help="timed steps a process")
+    parser.add_argument("--repeats", type=int, default=3, help="timed steps a process")
     parser.add_argument("--rounds", type=int, default=3, help="processes a variant")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--json", type=Path, help="write the raw figures here")
     parser.add_argument("--measure", choices=VARIANTS, help=argparse.SUPPRESS)
+    parser.add_argument("--figure", choices=("time", "memory"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
         print(json.dumps(measure(arguments)))
@@ -183,7 +191,8 @@ def main() -> int:
     for index in range(arguments.rounds):
         for variant in variants:
             print(f"round {index + 1}/{arguments.rounds}: {variant}", file=sys.stderr)
-            rounds[variant].append(measure_apart(arguments, variant))
+            figures = measure_apart(variant, "time") | measure_apart(variant, "memory")
+            rounds[variant].append(figures)
     if arguments.json:
         arguments.json.write_text(json.dumps(rounds, indent=1))
     return 1 if report(rounds) else 0

@@ -87,10 +87,7 @@ def test_one_step_moves_the_fast_weights_by_at_most_rate_times_clip():
     model = learner(inner={"chunk_size": 24, "clip": 0.01, "lr": 3.0})
     output = model(*batch(), final_step=True)
     initial = [p for n, p in model.named_parameters() if n in model.fast_parameter_names]
-    moved = sum(
-        (w - start).square().sum((1, 2))
-        for w, start in zip(output.fast_weights, initial, strict=True)
-    )
-    torch.testing.assert_close(
-        moved.sqrt(), torch.full((3,), 0.03, dtype=torch.float64), rtol=1e-9, atol=0
-    )
+    pairs = zip(output.fast_weights, initial, strict=True)
+    moved = sum((w - start).square().sum((1, 2)) for w, start in pairs).sqrt()
+    expected = torch.full((3,), 0.03, dtype=torch.float64)
+    torch.testing.assert_close(moved, expected, rtol=1e-9, atol=0)
