@@ -18,6 +18,10 @@ class ChunkCache(Protocol):
     def write(self, start: int, own: Sequence[KV]) -> None:
         """Store the keys and values of the tokens from `start` on."""
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+
 
 class SuffixKV:
     """One pair of buffers [b, T, n_kv, d] for each suffix block after the first.
