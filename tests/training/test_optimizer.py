@@ -34,7 +34,7 @@ def test_three_steps_of_the_official_implementation() -> None:
             rows = torch.arange(len(tokens))
             batch = Batch(tokens, targets, mask, rows, torch.zeros(len(tokens), 2))
             optimizer.zero_grad()
-            # Two micro-batches of one sequence: the mean over the batch is the optimizer's business.
+            # Two micro-batches of one sequence: their gradients' mean is wanted.
             measured = forward_backward(ddp, batch.split(1), golden.inner_lr)
             update = optimizer.step(step)
             loss = sum(float(one["loss"]) for one in measured) / len(measured)

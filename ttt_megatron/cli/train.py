@@ -4,8 +4,9 @@ import argparse
 import os
 import sys
 
-from ttt_megatron.config import load_recipe
+from ttt_megatron.config import RunConfig, load_recipe
 from ttt_megatron.parallel.launcher import WorkerError, launch, under_torchrun
+from ttt_megatron.training.result import TrainingResult
 
 NAME = "train"
 HELP = "Train a model, or go on where a run stopped."
@@ -38,15 +39,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Trains; raises UserError for whatever the user can fix."""
     config = load_recipe(args.recipe, args.overrides)
-    # torch and mcore take seconds to import: not before the recipe is known to be good.
+    # torch takes seconds to import: not before the recipe is known to be good.
     from ttt_megatron.training.preflight import check_start, resolve_run
-    from ttt_megatron.training.run import train_worker
 
     config = resolve_run(config)
     if not under_torchrun():
         check_start(config, fresh=args.fresh)
     try:
-        result = launch(train_worker, (config, args.fresh), config.parallel.data)
+        result = launch(_work, (config, args.fresh), config.parallel.data)
     except WorkerError as failure:
         print(f"error: {failure}", file=sys.stderr)
         return EXIT_WORKER_FAILED
@@ -61,3 +61,10 @@ def run(args: argparse.Namespace) -> int:
         print(f"            mlflow ui --backend-store-uri {result.tracking_store}")
     print(f"next        ttt-megatron evaluate {config.training.output}")
     return 0
+
+
+def _work(config: RunConfig, fresh: bool) -> TrainingResult:
+    """One rank. Only here is megatron-core imported: the parent has no need of it."""
+    from ttt_megatron.training.run import train_worker
+
+    return train_worker(config, fresh)

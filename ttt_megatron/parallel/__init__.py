@@ -7,6 +7,7 @@ import warnings
 for _message in (
     "(Transformer Engine and )?Apex (is|are) not installed",
     "full scope is deprecated",
+    "`load_state_dict` is deprecated",
     "The .grad attribute of a Tensor that is not a leaf",
     "`torch.distributed.*` is deprecated",
 ):

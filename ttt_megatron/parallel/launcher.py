@@ -4,6 +4,7 @@ Underneath is torchrun's elastic launcher. Signals go to this parent alone: it a
 stop with SIGTERM and waits, however long their current step takes.
 """
 
+import ctypes
 import json
 import logging
 import multiprocessing
@@ -24,6 +25,8 @@ from typing import Any, TypeVar
 from ttt_megatron.errors import UserError
 
 Result = TypeVar("Result")
+
+_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
 class WorkerError(Exception):
@@ -126,12 +129,16 @@ def _worker(
 def _die_with(parent: int) -> None:
     """Ends this process with its parent, even by SIGKILL, so that no orphan goes on writing."""
     if sys.platform == "linux":
-        import ctypes
+        prctl = ctypes.CDLL(None).prctl
 
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+        def ask_for_death() -> None:
+            prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+        ask_for_death()
         if os.getppid() != parent:
             os._exit(1)
+        # Not inherited by fork: mcore's checkpoint writers would be left waiting for ever.
+        os.register_at_fork(after_in_child=ask_for_death)
 
 
 def _first_failure(folder: Path, processes: int, rank: int, exit_code: int) -> Exception:

@@ -7,6 +7,9 @@ import uuid
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from ttt_megatron.config import from_dict
+from ttt_megatron.config.schema import RunConfig
+from ttt_megatron.config.yaml_text import parse_yaml
 from ttt_megatron.errors import UserError
 from ttt_megatron.training.manifest import MANIFEST, find_damage, sync_to_disk, write_manifest
 
@@ -57,6 +60,16 @@ def read_info(checkpoint: Path) -> CheckpointInfo:
         raise UserError(
             f"{checkpoint / INFO} cannot be read ({error}): use another checkpoint"
         ) from None
+
+
+def read_config(checkpoint: Path) -> RunConfig:
+    """The resolved configuration that a checkpoint was trained with."""
+    path = checkpoint / RECIPE
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error}): use another checkpoint") from None
+    return from_dict(parse_yaml(text, str(path)), str(path))
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

@@ -9,9 +9,13 @@ from ttt_megatron.data.dataset import open_dataset
 from ttt_megatron.data.stream import TokenStream
 from ttt_megatron.data.validation import validation_sequences
 from ttt_megatron.errors import UserError
-from ttt_megatron.training.checkpoint_folder import CHECKPOINTS, newest_complete, resolve_checkpoint
+from ttt_megatron.training.checkpoint_folder import (
+    CHECKPOINTS,
+    newest_complete,
+    read_config,
+    resolve_checkpoint,
+)
 from ttt_megatron.training.resume import refuse_changes
-from ttt_megatron.training.weights import read_config
 
 
 def resolve_run(config: RunConfig) -> RunConfig:

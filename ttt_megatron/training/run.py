@@ -7,7 +7,6 @@ import random
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,34 +22,19 @@ from ttt_megatron.training.callbacks import build_callbacks
 from ttt_megatron.training.callbacks.metrics_log import METRICS_FILE
 from ttt_megatron.training.callbacks.tracking import TRACKING_FILE, tracking_uri
 from ttt_megatron.training.checkpoint import RunParts, load_checkpoint
-from ttt_megatron.training.checkpoint_folder import CHECKPOINTS, sweep
+from ttt_megatron.training.checkpoint_folder import CHECKPOINTS, read_config, sweep
 from ttt_megatron.training.initial_weights import start_from
 from ttt_megatron.training.optimizer import build_optimizer
 from ttt_megatron.training.preflight import find_resumable
+from ttt_megatron.training.result import TrainingResult
 from ttt_megatron.training.resume import refuse_changes
 from ttt_megatron.training.trainer import Trainer
-from ttt_megatron.training.weights import build_learner, read_config
+from ttt_megatron.training.weights import build_learner
 
 logger = logging.getLogger(__name__)
 
 _LOCK_FILE = ".lock"
 _BELONGS_TO_A_RUN = (CHECKPOINTS, METRICS_FILE, TRACKING_FILE, "*.png")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingResult:
-    """How a run ended: steps done of all, the newest checkpoint, and what followed it.
-
-    `stop_signal` is the signal that ended it early; `tracking_store` is None without MLflow.
-    """
-
-    step: int
-    steps: int
-    last_loss: float
-    checkpoint: str | None
-    tracking_store: str | None
-    tracking_run: str | None
-    stop_signal: int | None
 
 
 def train_worker(config: RunConfig, fresh: bool) -> TrainingResult:

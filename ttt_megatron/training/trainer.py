@@ -159,7 +159,7 @@ class Trainer:
     def _diverged(self) -> str:
         return (
             f"the last {MAX_SKIPPED_IN_A_ROW} steps, up to step {self.progress.step}, had a loss "
-            f"or gradient that is not finite and were skipped. The last finite checkpoint is kept in "
-            f"{self.config.training.output}: lower optimizer.lr or inner.lr, choose another "
+            f"or gradient that is not finite and were skipped. The last finite checkpoint is kept "
+            f"in {self.config.training.output}: lower optimizer.lr or inner.lr, choose another "
             f"training.output, and start from that checkpoint with training.init_from"
         )

@@ -9,16 +9,13 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from ttt_megatron.config import from_dict
 from ttt_megatron.config.schema import RunConfig
-from ttt_megatron.config.yaml_text import parse_yaml
-from ttt_megatron.errors import UserError
 from ttt_megatron.meta.learner import Learner
 from ttt_megatron.training.checkpoint_folder import (
     MODEL_KEY,
-    RECIPE,
     STATE,
     CheckpointInfo,
+    read_config,
     read_info,
     resolve_checkpoint,
 )
@@ -40,16 +37,6 @@ def read_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
         warnings.simplefilter("ignore")
         dcp.load(tensors, storage_reader=reader, no_dist=True)
     return {key.removeprefix(_PREFIX): tensor for key, tensor in tensors.items()}
-
-
-def read_config(checkpoint: Path) -> RunConfig:
-    """The resolved configuration that a checkpoint was trained with."""
-    path = checkpoint / RECIPE
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error}): use another checkpoint") from None
-    return from_dict(parse_yaml(text, str(path)), str(path))
 
 
 def build_learner(config: RunConfig) -> Learner:
