@@ -92,8 +92,8 @@ def split_query_heads(x: Tensor, num_kv_heads: int) -> Tensor:
 
 
 def merge_query_heads(x: Tensor) -> Tensor:
-    """[b, n_kv, r, T, d] → [b, T, n, d]."""
-    return x.permute(0, 3, 1, 2, 4).flatten(2, 3)
+    """[b, n_kv, r, T, d] → [b, T, n, d], contiguous: what follows keeps it without a copy."""
+    return x.permute(0, 3, 1, 2, 4).contiguous().flatten(2, 3)
 
 
 def take_queries(x: Tensor, group: TileGroup) -> Tensor:
