@@ -16,10 +16,10 @@ COMMANDS = {
     "prepare": ("ttt_megatron.cli.prepare", "Tokenise text into the shards that runs read."),
     "train": ("ttt_megatron.cli.train", "Train a model, or go on where a run stopped."),
     "evaluate": ("ttt_megatron.cli.evaluate", "Measure held-out loss by token position."),
+    "compare": ("ttt_megatron.cli.compare", "Put evaluations side by side."),
     "generate": ("ttt_megatron.cli.generate", "Read a prompt and continue it."),
     "config": ("ttt_megatron.cli.config", "Print a recipe, resolved, or the reference of keys."),
     "parameters": ("ttt_megatron.cli.parameters", "Count a model's parameters."),
-    "demo-report": ("ttt_megatron.cli.demo_report", "Put the demo's results together."),
 }
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130

@@ -1,7 +1,8 @@
 """Loss by position as a picture."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -10,11 +11,16 @@ from ttt_megatron.evaluation.statistics import Bucket
 
 
 def draw_by_position(
-    report: PositionReport, path: Path, title: str, window_size: int | None = None
+    report: PositionReport,
+    path: Path,
+    title: str,
+    window_size: int | None = None,
+    styles: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> None:
     """Writes a PNG: one curve a way of reading, ± 1 standard error, positions on a log axis.
 
-    The attention window is marked by a dashed line where positions go beyond it.
+    The attention window is marked by a dashed line where positions go beyond it. `styles` are
+    Matplotlib's settings of a line, by curve.
     """
     import matplotlib
 
@@ -27,7 +33,8 @@ def draw_by_position(
         means = [report.mean(name, number) for number in range(len(report.buckets))]
         y = np.array([mean.mean for mean in means])
         error = np.nan_to_num(np.array([mean.standard_error for mean in means]))
-        (line,) = axes.plot(x, y, marker="o", markersize=3, linewidth=1.2, label=name)
+        style = {"marker": "o", "markersize": 3, "linewidth": 1.2, **(styles or {}).get(name, {})}
+        (line,) = axes.plot(x, y, label=name, **style)
         axes.fill_between(x, y - error, y + error, color=line.get_color(), alpha=0.2, linewidth=0)
     if window_size is not None and window_size < report.buckets[-1].stop:
         axes.axvline(window_size, color="grey", linestyle="--", linewidth=1, label="window")
