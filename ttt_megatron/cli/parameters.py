@@ -21,7 +21,7 @@ EPILOG = """examples:
 
 `fast` are the prime MLPs' matrices, which inner steps move."""
 
-_PUBLISHED = "*/base.yaml"
+_PUBLISHED = "*/pretrain-e2e-8k.yaml"
 _GROUPS = ("embedding", "head", "blocks", "prime", "norms", "total")
 
 
