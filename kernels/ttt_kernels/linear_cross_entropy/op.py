@@ -29,9 +29,12 @@ def _token_tiles(tokens: int, vocabulary: int) -> Iterator[slice]:
 
 def _softmax_nll(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Probabilities (in place of the logits) and nll [rows]."""
-    lse = logits.logsumexp(dim=-1, keepdim=True)
-    nll = (lse - logits.gather(-1, targets.unsqueeze(-1))).squeeze(-1)
-    return logits.sub_(lse).exp_(), nll
+    wanted = logits.gather(-1, targets.unsqueeze(-1))
+    highest = logits.amax(dim=-1, keepdim=True)
+    p = logits.sub_(highest).exp_()
+    total = p.sum(dim=-1, keepdim=True)
+    nll = (total.log() + highest - wanted).squeeze(-1)
+    return p.div_(total), nll
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
