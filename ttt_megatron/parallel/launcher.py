@@ -128,17 +128,23 @@ def _worker(
 
 def _die_with(parent: int) -> None:
     """Ends this process with its parent, even by SIGKILL, so that no orphan goes on writing."""
-    if sys.platform == "linux":
-        prctl = ctypes.CDLL(None).prctl
+    if sys.platform != "linux":
+        return
+    prctl = ctypes.CDLL(None).prctl
+    forking = parent
 
-        def ask_for_death() -> None:
-            prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-        ask_for_death()
-        if os.getppid() != parent:
+    def ask_for_death() -> None:
+        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != forking:  # already gone, so no signal will come
             os._exit(1)
-        # Not inherited by fork: mcore's checkpoint writers would be left waiting for ever.
-        os.register_at_fork(after_in_child=ask_for_death)
+
+    def remember_parent() -> None:
+        nonlocal forking
+        forking = os.getpid()
+
+    ask_for_death()
+    # Not inherited by fork: mcore's checkpoint writers would be left waiting for ever.
+    os.register_at_fork(before=remember_parent, after_in_child=ask_for_death)
 
 
 def _first_failure(folder: Path, processes: int, rank: int, exit_code: int) -> Exception:

@@ -1,5 +1,6 @@
 """Saving and loading a run's state with mcore's dist_checkpointing (torch_dist format)."""
 
+import queue
 import random
 import shutil
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.distributed import DistributedDataParallel
 
 from ttt_megatron.config import to_yaml
@@ -32,6 +34,10 @@ from ttt_megatron.training.checkpoint_folder import (
     write_info,
 )
 from ttt_megatron.training.optimizer import OuterOptimizer
+
+# mcore would start a process to hold the results of an asynchronous write. Writes here are
+# synchronous, and that process would outlive a killed run.
+filesystem_async._results_queue = queue.SimpleQueue()  # type: ignore[assignment]
 
 
 @dataclass(frozen=True, kw_only=True)

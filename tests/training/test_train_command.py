@@ -1,0 +1,76 @@
+"""`ttt-megatron train` as a user calls it."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from small_run import losses, small_run
+
+from ttt_megatron.cli.main import main
+from ttt_megatron.config import RunConfig, to_yaml
+
+
+def _recipe(config: RunConfig, path: Path) -> str:
+    path.write_text(to_yaml(config))
+    return str(path)
+
+
+def _run(*arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "ttt_megatron.cli.main", "train", *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("inner.chunk_size=7", "inner.chunk_size = 7"),
+        ("data.path=/nowhere", "/nowhere"),
+        ("data.sequence_length=100000", "100000"),
+        ("model.vocab_size=10", "model.vocab_size=10"),
+        ("training.init_from=/nowhere", "/nowhere holds no checkpoint"),
+        ("training.output=/proc/run", "training.output=/proc/run"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_any_process_starts(
+    override: str,
+    said: str,
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    recipe = _recipe(small_run(data, tmp_path / "run"), tmp_path / "run.yaml")
+    # A chunk that divides every sequence length tried here.
+    assert main(["train", recipe, "inner.chunk_size=4", override]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert said in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_sigterm_saves_and_says_how_to_go_on(data: Path, tmp_path: Path) -> None:
+    config = small_run(data, tmp_path / "run", training__steps=2000, training__save_interval=2000)
+    recipe = _recipe(config, tmp_path / "run.yaml")
+    process = _run(recipe)
+    deadline = time.monotonic() + 240
+    while not (tmp_path / "run" / "metrics.jsonl").exists() or not losses(tmp_path / "run"):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=240)
+    assert process.returncode == 128 + signal.SIGTERM
+    step = max(losses(tmp_path / "run"))
+    assert step < 2000
+    saved = tmp_path / "run" / "checkpoints" / f"step-{step:08d}"
+    assert saved.is_dir()
+    assert f"stopped after step {step} of 2000, saved in {saved}; the same command" in error
