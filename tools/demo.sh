@@ -24,7 +24,8 @@ length=4096 # tokens a sequence at stage 2
 bpe_size=1024
 out=demo
 if [[ -n $corpus ]]; then
-    out=demo/$(basename "$corpus")-$(printf %s "$corpus" | cksum | cut -d' ' -f1)
+    name=$(basename "$corpus" | tr -cs '[:alnum:]._\n' '-')
+    out=demo/$name-$(printf %s "$corpus" | cksum | cut -d' ' -f1)
 fi
 done_dir=$out/finished # one file a step, holding the seconds it took
 mkdir -p "$done_dir"
@@ -114,10 +115,9 @@ generate() {
     "$ttt" generate "$out/runs/stage2" --prompt-file "$out/prompt.txt" --tokens 200 \
         --temperature 0.7 --top-p 0.9 >"$out/continuation.txt"
     {
-        echo "… end of a prompt of $(wc -c <"$out/prompt.txt") bytes, from a held-out document:"
-        tail -n 6 "$out/prompt.txt"
-        printf '\n--- continued by the model:\n'
-        tail -n 1 "$out/prompt.txt" | tr -d '\n'
+        echo "----- a held-out document was read, $(wc -c <"$out/prompt.txt") bytes; its end:"
+        tail -c 400 "$out/prompt.txt" | iconv -c -f utf-8 -t utf-8
+        printf '\n----- the model went on:\n'
         cat "$out/continuation.txt"
     } >"$out/sample.txt"
 }

@@ -27,7 +27,7 @@ def test_tables_files_and_mlflow(evaluations, trained_run, capsys, tmp_path):
     joined = read_report(tmp_path / "comparison.json")
     assert list(joined.curves) == ["on, a=b", "off, a=b", "off, control"]
     assert f"{joined.mean('on, a=b', 1).mean:.2f}" in printed
-    assert "on, a=b is below off, control in " in printed
+    assert "on, a=b is below off, a=b in " in printed
     assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
     assert "| on, a=b |" in (tmp_path / "comparison.md").read_text()
     tracked = read_tracking(trained_run.output)

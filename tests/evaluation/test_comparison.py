@@ -71,7 +71,7 @@ def test_a_colour_stands_for_the_way_of_reading_and_a_line_for_the_evaluation(co
 
 
 def test_tables_are_one_an_evaluation(comparison):
-    titles = [str(table.title).split(":")[0] for table in comparison.tables()]
+    titles = [table.title for table in comparison.tables()]
     assert titles == ["after", "before"]
     assert [table.row_count for table in comparison.tables()] == [4, 4]
 
@@ -103,3 +103,12 @@ def test_the_joined_report_reads_back(comparison, tmp_path):
     again = find_report(file)
     assert again.to_json() == comparison.report.to_json()
     assert set(again.about["compared"]) == {"after", "before"}
+
+
+def test_findings_leave_out_other_ways_of_reading_in_other_evaluations():
+    means = {"on": [1.0] * 3, "off": [2.0] * 3}
+    findings = compare({"after": report(means), "before": report(means)}).findings()
+    assert [text.split(" in ")[0] for text in findings] == [
+        "on, after is below off, after",
+        "on, after is below on, before",
+    ]

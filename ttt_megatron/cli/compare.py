@@ -73,7 +73,7 @@ def _print(comparison: "Comparison") -> None:
         # Numbers cut short would be of no use: a narrow terminal wraps the lines instead.
         needed = Console(width=1000).measure(table).maximum
         Console(width=max(Console().width, needed)).print(table)
-    for sentence in comparison.findings():
+    for sentence in (comparison.legend, *comparison.findings()):
         print(sentence)
 
 

@@ -15,7 +15,6 @@ from ttt_megatron.evaluation.statistics import Mean
 
 _REPORT = "by_position.json"
 _LINES = ("-", "--", ":", "-.")
-_CELL_TITLE = "nats a token; in brackets the difference to the first column ± standard error"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,10 +35,18 @@ class Comparison:
         """The curve that all others are compared with: the first evaluation's first."""
         return next(iter(self.report.curves))
 
+    @property
+    def legend(self) -> str:
+        """What the cells of the tables are."""
+        return (
+            f"Nats a token; in brackets the difference to ({self.reference}) ± standard error over "
+            "documents."
+        )
+
     def tables(self) -> Iterator[Table]:
         """A table an evaluation, each narrow enough for a terminal."""
         for label, curves in self.groups.items():
-            table = Table(title=f"{label}: {_CELL_TITLE}")
+            table = Table(title=label)
             table.add_column("position", no_wrap=True)
             for short in curves:
                 table.add_column(short, justify="right", no_wrap=True)
@@ -55,11 +62,11 @@ class Comparison:
         lines = [header, ["---", *["---:"] * (len(header) - 1)]]
         lines += self._rows(list(self.report.curves))
         table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-        title = f"{_CELL_TITLE[0].upper()}{_CELL_TITLE[1:]} over documents.\n"
-        return f"{title}\n{table}\n" + "".join(f"* {text}\n" for text in self.findings())
+        return f"{self.legend}\n\n{table}\n" + "".join(f"* {text}\n" for text in self.findings())
 
     def findings(self) -> list[str]:
-        """A sentence for each other curve: where beyond the window the reference is below it."""
+        """Where beyond the window the reference is below the others of its own evaluation, and
+        below the same way of reading in the other evaluations; a sentence each."""
         report, window = self.report, self.window_size or 0
         beyond = [
             number
@@ -70,7 +77,7 @@ class Comparison:
             return []
         where = f"beyond the window of {window} tokens" if window else "of all"
         sentences = []
-        for other in list(report.curves)[1:]:
+        for other in self._rivals():
             gaps = {n: report.difference(other, self.reference, n) for n in beyond}
             lower = sum(gap.mean > 0 for gap in gaps.values())
             number, gap = max(gaps.items(), key=lambda item: item[1].mean)
@@ -80,6 +87,11 @@ class Comparison:
                 f"most at {bucket.start}-{bucket.stop}, by {_number(gap, 2)} nats a token."
             )
         return sentences
+
+    def _rivals(self) -> list[str]:
+        own, *others = self.groups.values()
+        short, *rest = own
+        return [own[name] for name in rest] + [each[short] for each in others if short in each]
 
     def styles(self) -> dict[str, dict[str, Any]]:
         """How curves are drawn: a colour for each short name, a line style for each evaluation."""
