@@ -113,7 +113,7 @@ evaluate() {
 generate() {
     "$python" tools/demo_data.py prompt "$out/data" 1500 >"$out/prompt.txt"
     "$ttt" generate "$out/runs/stage2" --prompt-file "$out/prompt.txt" --tokens 200 \
-        --temperature 0.7 --top-p 0.9 >"$out/continuation.txt"
+        --temperature 1.0 --top-p 0.9 >"$out/continuation.txt"
     {
         echo "----- a held-out document was read, $(wc -c <"$out/prompt.txt") bytes; its end:"
         tail -c 400 "$out/prompt.txt" | iconv -c -f utf-8 -t utf-8
