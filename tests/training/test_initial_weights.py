@@ -72,13 +72,14 @@ def test_a_later_stage_starts_from_the_weights_with_a_fresh_schedule(
         tmp_path / "second",
         data__sequence_length=64,
         training__init_from=str(tmp_path / "first"),
-        training__steps=1,
-        optimizer__warmup_fraction=1.0,
+        training__steps=2,
+        training__save_interval=1,
+        optimizer__warmup_fraction=0.5,
     )
     run_training(longer)
     # The first update has rate 0: the weights are still those of the first stage.
     before, _, _ = load_learner(tmp_path / "first")
-    after, config, info = load_learner(tmp_path / "second")
+    after, config, info = load_learner(tmp_path / "second/checkpoints/step-00000001")
     assert (info.step, config.data.sequence_length) == (1, 64)
     for one, other in zip(before.parameters(), after.parameters(), strict=True):
         assert torch.equal(one, other)

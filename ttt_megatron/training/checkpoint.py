@@ -37,7 +37,7 @@ from ttt_megatron.training.optimizer import OuterOptimizer
 
 # mcore would start a process to hold the results of an asynchronous write. Writes here are
 # synchronous, and that process would outlive a killed run.
-filesystem_async._results_queue = queue.SimpleQueue()  # type: ignore[assignment]
+filesystem_async._results_queue = queue.SimpleQueue()
 
 
 @dataclass(frozen=True, kw_only=True)
