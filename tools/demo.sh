@@ -27,25 +27,39 @@ if [[ -n $corpus ]]; then
     name=$(basename "$corpus" | tr -cs '[:alnum:]._\n' '-')
     out=demo/$name-$(printf %s "$corpus" | cksum | cut -d' ' -f1)
 fi
-done_dir=$out/finished # one file a step, holding the seconds it took
-mkdir -p "$done_dir"
-# Processes started in the background must not outlive this script.
-trap 'jobs -p | xargs -r kill 2>/dev/null || true' EXIT
+done_dir=$out/finished   # an empty file a step
+seconds_dir=$out/seconds # a file a step, holding the seconds it took so far
+mkdir -p "$done_dir" "$seconds_dir"
+current= # the step that runs
+started=0
+# Processes started in the background must not outlive this script; time spent in vain counts too.
+trap 'jobs -p | xargs -r kill 2>/dev/null || true; account' EXIT
 
 elapsed() { printf '%d:%02d' $((SECONDS / 60)) $((SECONDS % 60)); }
 heading() { printf '\n==== [%s] %s\n' "$(elapsed)" "$1"; }
 
-# step NAME TITLE COMMAND...: runs the command once, and remembers how long it took.
+# Adds the time of the step that runs to what it took before.
+account() {
+    [[ -n $current ]] || return 0
+    local file=$seconds_dir/$current before=0
+    [[ ! -f $file ]] || before=$(<"$file")
+    echo $((before + SECONDS - started)) >"$file"
+    current=
+}
+
+# step NAME TITLE COMMAND...: runs the command unless it is done.
 step() {
-    local name=$1 title=$2 start=$SECONDS
+    local name=$1 title=$2
     shift 2
     if [[ -f $done_dir/$name ]]; then
         heading "$title (done before)"
         return
     fi
     heading "$title"
+    current=$name started=$SECONDS
     "$@"
-    echo $((SECONDS - start)) >"$done_dir/$name"
+    account
+    touch "$done_dir/$name"
 }
 
 prepare() {
@@ -122,10 +136,11 @@ generate() {
     } >"$out/sample.txt"
 }
 
+# Seconds that the steps of these names took, whenever they ran.
 seconds_of() {
-    local name total=0
-    for name in "$@"; do
-        total=$((total + $(<"$done_dir/$name")))
+    local path total=0
+    for path in "$@"; do
+        total=$((total + $(<"$path")))
     done
     echo $total
 }
@@ -133,14 +148,15 @@ seconds_of() {
 minutes() { printf '%d.%d minutes' $(($1 / 60)) $(($1 % 60 / 6)); }
 
 report() {
-    local training
-    training=$(seconds_of train-stage1 train-stage2 train-control1 train-control2)
+    local training all
+    training=$(seconds_of "$seconds_dir"/train-*)
+    all=$(seconds_of "$seconds_dir"/*)
     {
         printf '# Demo\n\n'
         cat "$out/comparison.md"
         printf '\n![loss by position](comparison.png)\n\n## Sample\n\n```\n'
         cat "$out/sample.txt"
-        printf '```\n\nTraining took %s.\n' "$(minutes "$training")"
+        printf '```\n\nIt took %s, of which training %s.\n' "$(minutes "$all")" "$(minutes "$training")"
     } >"$out/report.md"
     cat <<END
 
@@ -148,10 +164,10 @@ report       $out/report.md
 plot         $out/comparison.png
 checkpoints  $out/runs/{stage1,stage2,control-stage1,control-stage2}/checkpoints
 MLflow       ${MLFLOW_TRACKING_URI:-sqlite:///$PWD/$out/runs/mlflow.db}
-time         $(minutes $SECONDS) in this run of the demo; training took $(minutes "$training")
+time         $(minutes "$all") for all steps, of which training $(minutes "$training")
 
 next:
-  $ttt generate $out/runs/stage2 --prompt 'def read(path):' --tokens 200
+  $ttt generate $out/runs/stage2 --prompt 'BEGINNING OF A TEXT' --tokens 200
   $ttt evaluate $out/runs/stage2 --length 8192
   .venv/bin/mlflow ui --backend-store-uri ${MLFLOW_TRACKING_URI:-sqlite:///$out/runs/mlflow.db}
   rm -r $out    # to start over
