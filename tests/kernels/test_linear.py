@@ -1,5 +1,8 @@
 """Linear maps and the output head on pairs, with and without what the forward sweep kept."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch.func import jvp
@@ -14,6 +17,7 @@ from ttt_kernels import (
 )
 from ttt_kernels.linear_cross_entropy import op as head_op
 from ttt_kernels.linear_cross_entropy.reference import linear_cross_entropy_reference
+from ttt_kernels.linear_cross_entropy.shard import VocabularyShard
 
 
 def draw(*shape):
@@ -90,3 +94,40 @@ def test_head_pair(reuse):
     kept = (expected[1][1],) if reuse else ()
     actual = linear_cross_entropy_pair(pair, weight, targets, a, b, *kept)
     assert_close(grads(actual, [pair, weight]), expected)
+
+
+@pytest.mark.usefixtures("tile_elements")
+def test_shards_of_the_vocabulary_add_up_to_the_whole():
+    """Two shards in lock step on threads, reductions between them as over processes."""
+    hidden, weight = draw(2, 2, 7, 5), draw(11, 5)
+    targets = torch.randint(11, (2, 7))
+    a, b = torch.rand(2, 2, 7, dtype=torch.float64).unbind(0)
+    expected = grads(linear_cross_entropy_pair(hidden, weight, targets, a, b), [hidden, weight])
+    first = linear_cross_entropy(hidden[0], weight, targets, a)
+    expected_first = [first[1], *grads(first[0], [hidden, weight])]
+    meeting = threading.Barrier(2)
+    given: list[torch.Tensor] = [torch.empty(0), torch.empty(0)]
+
+    def run(rank):
+        def reduce(x, combine):
+            given[rank] = x
+            meeting.wait()
+            result = combine(given[0], given[1])
+            meeting.wait()
+            return result
+
+        part = weight[:6] if rank == 0 else weight[6:]
+        shard = VocabularyShard(
+            6 * rank, 6, lambda x: reduce(x, torch.maximum), lambda x: reduce(x, torch.add)
+        )
+        own = [hidden.detach().requires_grad_(), part.detach().requires_grad_()]
+        pair = grads(linear_cross_entropy_pair(own[0], own[1], targets, a, b, shard=shard), own)
+        loss, nll = linear_cross_entropy(own[0][0], own[1], targets, a, shard)
+        return pair, [nll, *grads(loss, own)]
+
+    with ThreadPoolExecutor(2) as pool:
+        left, right = pool.map(run, range(2))
+    for one, other, whole in zip(left, right, (expected, expected_first), strict=True):
+        *values, d_hidden, d_weight = one
+        assert_close(values, whole[:-2])
+        assert_close([d_hidden + other[-2], torch.cat((d_weight, other[-1]))], whole[-2:])

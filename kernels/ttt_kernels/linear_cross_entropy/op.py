@@ -9,13 +9,14 @@ p = softmax(z):
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ttt_kernels.dtypes import accumulation_dtype
 from ttt_kernels.linear_cross_entropy.reference import linear_cross_entropy_reference
+from ttt_kernels.linear_cross_entropy.shard import WHOLE, VocabularyShard
 from ttt_kernels.mode import uses_plain_definitions
 
 MAX_TILE_ELEMENTS = 1 << 21
@@ -27,14 +28,39 @@ def _token_tiles(tokens: int, vocabulary: int) -> Iterator[slice]:
         yield slice(start, min(start + rows, tokens))
 
 
-def _softmax_nll(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Probabilities (in place of the logits) and nll [rows]."""
-    wanted = logits.gather(-1, targets.unsqueeze(-1))
-    highest = logits.amax(dim=-1, keepdim=True)
+class _Rows(NamedTuple):
+    """Softmax of a tile of tokens over one shard: p [t, V], nll [t], and where the targets are."""
+
+    p: Tensor
+    nll: Tensor
+    target: Tensor
+    inside: Tensor
+    mean: Tensor | None
+    dot_nll: Tensor | None
+
+
+def _softmax(
+    logits: Tensor, targets: Tensor, shard: VocabularyShard, dot_logits: Tensor | None = None
+) -> _Rows:
+    """Softmax in place of the logits; with a tangent also ⟨p, ż⟩ [t, 1] and ⟨p, ż⟩ − ż_t [t].
+
+    One maximum and one sum are taken over the shards.
+    """
+    target, inside = shard.locate(targets, logits.shape[-1])
+    wanted = logits.gather(-1, target) * inside
+    highest = shard.reduce_max(logits.amax(dim=-1, keepdim=True))
     p = logits.sub_(highest).exp_()
-    total = p.sum(dim=-1, keepdim=True)
+    parts = [p.sum(dim=-1, keepdim=True), wanted]
+    if dot_logits is not None:
+        parts.append(torch.linalg.vecdot(p, dot_logits).unsqueeze(-1))
+        parts.append(dot_logits.gather(-1, target) * inside)
+    total, wanted, *dots = shard.reduce_sum(torch.cat(parts, dim=-1)).split(1, dim=-1)
     nll = (total.log() + highest - wanted).squeeze(-1)
-    return p.div_(total), nll
+    p.div_(total)
+    if not dots:
+        return _Rows(p, nll, target, inside, None, None)
+    mean = dots[0] / total
+    return _Rows(p, nll, target, inside, mean, (mean - dots[1]).squeeze(-1))
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -45,6 +71,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight: Tensor,
         targets: Tensor,
         token_weights: Tensor,
+        shard: VocabularyShard,
         needs_grad: bool,
     ) -> tuple[Tensor, Tensor]:
         wide = accumulation_dtype(hidden.dtype)
@@ -54,15 +81,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         want_weight = needs_grad and ctx.needs_input_grad[1]
         d_hidden = torch.empty_like(hidden) if want_hidden else None
         d_weight = torch.zeros_like(weight, dtype=wide) if want_weight else None
-        for rows in _token_tiles(hidden.shape[0], weight.shape[0]):
+        for rows in _token_tiles(hidden.shape[0], shard.largest or weight.shape[0]):
             logits = torch.mm(hidden[rows], matrix.mT).to(wide)
-            p, nll[rows] = _softmax_nll(logits, targets[rows])
+            tile = _softmax(logits, targets[rows], shard)
+            nll[rows] = tile.nll
             if not (want_hidden or want_weight):
                 continue
-            p.scatter_add_(
-                -1, targets[rows].unsqueeze(-1), -torch.ones_like(nll[rows]).unsqueeze(-1)
-            )
-            d_logits = p.mul_(token_weights[rows].unsqueeze(-1)).to(hidden.dtype)
+            tile.p.scatter_add_(-1, tile.target, -tile.inside.to(wide))
+            d_logits = tile.p.mul_(token_weights[rows].unsqueeze(-1)).to(hidden.dtype)
             if d_hidden is not None:
                 torch.mm(d_logits, matrix, out=d_hidden[rows])
             if d_weight is not None:
@@ -81,17 +107,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
             d_hidden = d_hidden.mul_(d_loss)
         if d_weight is not None:
             d_weight = d_weight.mul_(d_loss).to(ctx.weight_dtype)
-        return d_hidden, d_weight, None, None, None
+        return d_hidden, d_weight, *[None] * 4
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    token_weights: Tensor,
+    shard: VocabularyShard = WHOLE,
 ) -> tuple[Tensor, Tensor]:
     """(Σ_t token_weights_t · nll_t, nll) of the logits hidden @ weightᵀ.
 
     Shapes: hidden [..., H], weight [V, H], targets [...] int64, token_weights [...]; a scalar,
     differentiable in hidden and weight, and nll [...] for reports. Both float32, or float64 for
-    float64 input. Backward may run once.
+    float64 input. Backward may run once. With a shard, weight is its part of the vocabulary,
+    loss and nll are whole, and hidden's gradient is the shard's share.
     """
     if uses_plain_definitions():
         return linear_cross_entropy_reference(hidden, weight, targets, token_weights)
@@ -100,6 +131,7 @@ def linear_cross_entropy(
         weight,
         targets.flatten(),
         token_weights.flatten(),
+        shard,
         torch.is_grad_enabled(),
     )
     return loss, nll.view(targets.shape)
@@ -115,23 +147,25 @@ class _LinearCrossEntropyPair(torch.autograd.Function):
         loss_weights: Tensor,
         derivative_weights: Tensor,
         dot_adjoint: Tensor | None,
+        shard: VocabularyShard,
     ) -> Tensor:
         wide = accumulation_dtype(pair.dtype)
         matrix = weight.to(pair.dtype)
         grad = torch.empty_like(pair, memory_format=torch.contiguous_format)
         d_weight = torch.zeros_like(weight, dtype=wide)
         total = torch.zeros((), dtype=wide, device=pair.device)
-        for rows in _token_tiles(pair.shape[1], weight.shape[0]):
+        for rows in _token_tiles(pair.shape[1], shard.largest or weight.shape[0]):
             a, b = loss_weights[rows].unsqueeze(-1), derivative_weights[rows].unsqueeze(-1)
-            target = targets[rows].unsqueeze(-1)
-            p, nll = _softmax_nll(torch.mm(pair[0, rows], matrix.mT).to(wide), targets[rows])
+            logits = torch.mm(pair[0, rows], matrix.mT).to(wide)
             dot_logits = torch.mm(pair[1, rows], matrix.mT).to(wide)
-            mean = torch.linalg.vecdot(p, dot_logits).unsqueeze(-1)
-            dot_nll = mean - dot_logits.gather(-1, target)
-            total += (a.squeeze(-1) * nll).sum() + (b * dot_nll).sum()
-            d_logits = torch.mul(dot_logits.sub_(mean).mul_(b).add_(a), p)
-            d_logits.scatter_add_(-1, target, -a)
-            d_dot_logits = p.mul_(b).scatter_add_(-1, target, -b).to(pair.dtype)
+            tile = _softmax(logits, targets[rows], shard, dot_logits)
+            assert tile.mean is not None
+            assert tile.dot_nll is not None
+            total += (a.squeeze(-1) * tile.nll).sum() + (b.squeeze(-1) * tile.dot_nll).sum()
+            d_logits = torch.mul(dot_logits.sub_(tile.mean).mul_(b).add_(a), tile.p)
+            d_logits.scatter_add_(-1, tile.target, -a * tile.inside)
+            d_dot_logits = tile.p.mul_(b).scatter_add_(-1, tile.target, -b * tile.inside)
+            d_dot_logits = d_dot_logits.to(pair.dtype)
             d_logits = d_logits.to(pair.dtype)
             torch.mm(d_logits, matrix, out=grad[0, rows])
             if dot_adjoint is None:
@@ -148,7 +182,7 @@ class _LinearCrossEntropyPair(torch.autograd.Function):
     def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor | None, ...]:
         grad, d_weight = ctx.gradients
         ctx.gradients = None
-        return grad.mul_(d_total), d_weight.mul_(d_total).to(ctx.weight_dtype), *[None] * 4
+        return grad.mul_(d_total), d_weight.mul_(d_total).to(ctx.weight_dtype), *[None] * 5
 
 
 def linear_cross_entropy_pair(
@@ -158,6 +192,7 @@ def linear_cross_entropy_pair(
     loss_weights: Tensor,
     derivative_weights: Tensor,
     dot_adjoint: Tensor | None = None,
+    shard: VocabularyShard = WHOLE,
 ) -> Tensor:
     """Σ_t loss_weights_t · nll_t + derivative_weights_t · (d nll_t along the pair's tangent).
 
@@ -172,5 +207,6 @@ def linear_cross_entropy_pair(
         loss_weights.flatten(),
         derivative_weights.flatten(),
         None if dot_adjoint is None else dot_adjoint.flatten(0, -2),
+        shard,
     )
     return result
