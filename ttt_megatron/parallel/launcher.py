@@ -26,6 +26,7 @@ from ttt_megatron.errors import UserError
 
 Result = TypeVar("Result")
 
+_ECHO_SECONDS = 0.5
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
@@ -120,9 +121,11 @@ def _worker(
             "traceback": traceback.format_exc(),
         }
         (Path(folder) / f"rank-{rank}.json").write_text(json.dumps(account))
-        # A plain exit: the other ranks find the connection closed instead of waiting for this one.
         sys.stdout.flush()
         sys.stderr.flush()
+        # Perhaps only the echo of another rank's sudden death: let the agent see that one first.
+        time.sleep(_ECHO_SECONDS)
+        # A plain exit: the other ranks find the connection closed instead of waiting for this one.
         os._exit(1)
 
 
@@ -150,7 +153,7 @@ def _die_with(parent: int) -> None:
 def _first_failure(folder: Path, processes: int, rank: int, exit_code: int) -> Exception:
     """The exception that tells of the rank that failed first."""
     accounts = [json.loads(path.read_text()) for path in folder.glob("rank-*.json")]
-    if not accounts:
+    if not any(account["rank"] == rank for account in accounts):
         cause = f"exit code {exit_code}"
         if exit_code < 0:
             cause = f"signal {signal.Signals(-exit_code).name}"

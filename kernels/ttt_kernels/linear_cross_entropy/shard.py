@@ -15,9 +15,9 @@ def _alone(x: Tensor) -> Tensor:
 class VocabularyShard:
     """Rows first … of the output head are this process's; reductions run over all parts.
 
-    `largest` is the number of rows of the largest part (None: this one's): processes cut the tokens
-    by it, so that their reductions meet. reduce_max and reduce_sum take a tensor and return its reduction over the processes, in place
-    or not; the defaults are those of a whole vocabulary.
+    `largest` is the number of rows of the largest part (None: this one's): processes cut the
+    tokens by it, so that their reductions meet. reduce_max and reduce_sum take a tensor and return
+    its reduction over the processes, in place or not; the defaults are a whole vocabulary's.
     """
 
     first: int = 0
