@@ -120,7 +120,9 @@ def _worker(
             "message": str(error) or type(error).__name__,
             "traceback": traceback.format_exc(),
         }
-        (Path(folder) / f"rank-{rank}.json").write_text(json.dumps(account))
+        beside = Path(folder) / f"rank-{rank}.tmp"
+        beside.write_text(json.dumps(account))
+        beside.rename(beside.with_suffix(".json"))
         sys.stdout.flush()
         sys.stderr.flush()
         # Perhaps only the echo of another rank's sudden death: let the agent see that one first.

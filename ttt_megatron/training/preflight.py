@@ -47,7 +47,7 @@ def check_start(config: RunConfig, *, fresh: bool) -> None:
     """Raises UserError if the output folder cannot be written, holds a run that this one cannot
     go on with, or training.init_from names no checkpoint."""
     output = Path(config.training.output)
-    checkpoint = None if fresh else find_resumable(output)
+    checkpoint = None if fresh else find_resumable(output, quick=True)
     if checkpoint is not None:
         refuse_changes(read_config(checkpoint), config, str(checkpoint))
     elif config.training.init_from is not None:
@@ -62,10 +62,10 @@ def check_start(config: RunConfig, *, fresh: bool) -> None:
         raise UserError(f"training.output={output} cannot be written to: choose another")
 
 
-def find_resumable(output: Path) -> Path | None:
-    """The newest complete checkpoint of a run's folder, None if it has none yet.
+def find_resumable(output: Path, *, quick: bool = False) -> Path | None:
+    """`newest_complete` of a run's folder, None if it has no checkpoint yet.
 
     Raises UserError if it has checkpoints and all are damaged.
     """
     folder = output / CHECKPOINTS
-    return newest_complete(folder) if folder.is_dir() else None
+    return newest_complete(folder, quick=quick) if folder.is_dir() else None

@@ -7,6 +7,7 @@ still in metrics.jsonl.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -33,9 +34,15 @@ TRACKING_FILE = "mlflow.json"
 _QUEUE_SIZE = 10_000
 _RETRY_SECONDS = 30.0
 _CLOSE_SECONDS = 60.0
+_GATHER_SECONDS = 2.0
 _PARAMETERS_A_CALL = 100
+_METRICS_A_CALL = 1000
 _VALUE_LENGTH = 500
 _PLOTS = "*.png"
+
+# What the queue carries: measurements (name, value, milliseconds, step), something to do with
+# (client, run), or None for the end.
+Item = list[tuple[str, float, int, int]] | Callable[..., None] | None
 
 
 def tracking_uri(tracking: TrackingConfig, output: Path) -> str:
@@ -62,10 +69,10 @@ class MlflowTracking(Callback):
         self._output = Path(config.training.output)
         self._uri = tracking_uri(config.tracking, self._output)
         self._patience = stopping_patience
-        self._queue: queue.Queue[Callable[[Any, str], None] | None] = queue.Queue(_QUEUE_SIZE)
+        self._queue: queue.Queue[Item] = queue.Queue(_QUEUE_SIZE)
+        self._closing = threading.Event()
         self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
         self._warned = False
-        self._lost = 0
 
     def on_start(self, trainer: Trainer) -> None:
         """Starts the thread, which opens the run."""
@@ -99,26 +106,19 @@ class MlflowTracking(Callback):
         """Waits for the queue, but not for long."""
         if self._thread.is_alive():
             self._put(None)
+            self._closing.set()
             self._thread.join(self._patience)
             if self._thread.is_alive():
                 self._warn("what is still queued was given up")
 
     def _put_metrics(self, metrics: dict[str, float], step: int) -> None:
         now = int(time.time() * 1000)
-        finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        self._put([(n, v, now, step) for n, v in metrics.items() if math.isfinite(v)])
 
-        def send(client: Any, run: str) -> None:
-            from mlflow.entities import Metric
-
-            client.log_batch(run, metrics=[Metric(n, v, now, step) for n, v in finite.items()])
-
-        self._put(send)
-
-    def _put(self, task: Callable[..., None] | None) -> None:
-        try:
-            self._queue.put_nowait(task)
-        except queue.Full:
-            self._lost += 1
+    def _put(self, item: Item) -> None:
+        # Full only if MLflow has been stuck for long: then the figures are in the metrics log.
+        with contextlib.suppress(queue.Full):
+            self._queue.put_nowait(item)
 
     def _warn(self, why: str) -> None:
         if not self._warned:
@@ -135,13 +135,19 @@ class MlflowTracking(Callback):
     def _work(self) -> None:
         opened: tuple[Any, str] | None = None
         resting_until = 0.0
-        while (task := self._queue.get()) is not None:
+        items: list[Item] = []
+        while None not in items and not (self._closing.is_set() and self._queue.empty()):
+            items = [self._queue.get()]
+            # Many steps in one call: a call costs as much for one as for hundreds.
+            self._closing.wait(_GATHER_SECONDS)
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    items.append(self._queue.get_nowait())
             if time.monotonic() < resting_until:
                 continue
             try:
-                if opened is None:
-                    opened = self._open()
-                task(*opened)
+                opened = opened or self._open()
+                _deliver(*opened, items)
             except Exception as error:
                 # Whatever MLflow, its store or the network raises: the run matters more.
                 self._warn(f"{type(error).__name__}: {str(error).splitlines()[:1]}")
@@ -203,3 +209,15 @@ class MlflowTracking(Callback):
             location = (store.parent / "mlartifacts").as_uri()
         identifier: str = client.create_experiment(name, artifact_location=location)
         return identifier
+
+
+def _deliver(client: Any, run: str, items: list[Item]) -> None:
+    """Sends measurements together, then does the rest in order; nothing here depends on the mix."""
+    from mlflow.entities import Metric
+
+    metrics = [Metric(*one) for item in items if isinstance(item, list) for one in item]
+    for first in range(0, len(metrics), _METRICS_A_CALL):
+        client.log_batch(run, metrics=metrics[first : first + _METRICS_A_CALL])
+    for item in items:
+        if callable(item):
+            item(client, run)
