@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-import ttt_kernels
 from ttt_megatron.meta import inner_step
 from ttt_megatron.meta.problem import Problem
 from ttt_megatron.meta.substitute import substituted
@@ -60,12 +59,9 @@ def read_chunk(
         )
         if chunk in report.logits:
             report.logits[chunk] = problem.model.logits(hidden)
-        _, nll = ttt_kernels.linear_cross_entropy(
-            hidden,
-            problem.model.head_weight,
-            problem.targets[:, rows],
-            problem.token_weights[:, rows],
-        )
+        hidden = problem.model.slots.head.enter(hidden)
+        targets, weights = problem.targets[:, rows], problem.token_weights[:, rows]
+        _, nll = problem.model.loss(hidden, targets, weights)
     state.kv.write(rows.start, own)
     report.token_nll[:, rows] = nll
 
@@ -99,14 +95,14 @@ def step_through_chunk(
         hidden = hidden.value if isinstance(hidden, Recorded) else hidden
         if chunk in report.logits:
             report.logits[chunk] = problem.model.logits(hidden.detach())
-        loss, nll = ttt_kernels.linear_cross_entropy(
+        hidden = problem.model.slots.head.enter(hidden)
+        loss, nll = problem.model.loss(
             keep_adjoint(hidden, head) if record else hidden,
-            problem.model.head_weight,
             problem.targets[:, rows],
             problem.token_weights[:, rows],
         )
     gradient = list(torch.autograd.grad(loss, leaves))
-    gradient_norm = inner_step.norm(gradient)
+    gradient_norm = inner_step.norm(gradient, problem.model.slots.sum_parts)
     rate = settings.lr * inner_step.clip_factor(gradient_norm, settings.clip)
     inner_step.step_(state.fast, gradient, rate)
     state.kv.write(rows.start, own)

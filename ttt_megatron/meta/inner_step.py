@@ -4,7 +4,7 @@ Fast weights are a flat list of float32 (float64) tensors [b, out, in]; norms an
 taken over the whole list, per sequence.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -27,15 +27,19 @@ def for_sequences(weights: Sequence[Tensor], batch: int) -> list[Tensor]:
     return [w.detach().expand(batch, *w.shape).clone() for w in weights]
 
 
-def product(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
-    """⟨a, b⟩ over the whole list, per sequence: [b]."""
-    parts = [torch.linalg.vecdot(x.flatten(1), y.flatten(1)) for x, y in zip(a, b, strict=True)]
-    return torch.stack(parts).sum(0)
+SumParts = Callable[[Tensor], Tensor]
+"""Adds a tensor over the processes that hold parts of the fast weights."""
 
 
-def norm(a: Sequence[Tensor]) -> Tensor:
-    """‖a‖ over the whole list, per sequence: [b]."""
-    return product(a, a).sqrt()
+def product(a: Sequence[Tensor], b: Sequence[Tensor], sum_parts: SumParts) -> Tensor:
+    """⟨a, b⟩ over the whole list and all parts, per sequence: [b]."""
+    own = [torch.linalg.vecdot(x.flatten(1), y.flatten(1)) for x, y in zip(a, b, strict=True)]
+    return sum_parts(torch.stack(own).sum(0))
+
+
+def norm(a: Sequence[Tensor], sum_parts: SumParts) -> Tensor:
+    """‖a‖ over the whole list and all parts, per sequence: [b]."""
+    return product(a, a, sum_parts).sqrt()
 
 
 def clip_factor(gradient_norm: Tensor, clip: float) -> Tensor:
@@ -62,7 +66,11 @@ def undo_step_(weights: Sequence[Tensor], gradient: Sequence[Tensor], rate: Tens
 
 
 def clip_adjoint(
-    v: Sequence[Tensor], gradient: Sequence[Tensor], gradient_norm: Tensor, clip: float
+    v: Sequence[Tensor],
+    gradient: Sequence[Tensor],
+    gradient_norm: Tensor,
+    clip: float,
+    sum_parts: SumParts,
 ) -> list[Tensor]:
     """The transpose of the derivative of g ↦ clipped g, applied to v.
 
@@ -74,7 +82,7 @@ def clip_adjoint(
     clipped = gradient_norm >= clip
     factor = clip_factor(gradient_norm, clip)
     safe = torch.where(clipped, gradient_norm, 1.0)
-    radial = torch.where(clipped, factor * product(gradient, v) / safe.square(), 0.0)
+    radial = torch.where(clipped, factor * product(gradient, v, sum_parts) / safe.square(), 0.0)
     return [
         torch.addcmul(x * _rows(factor), g, _rows(radial), value=-1)
         for x, g in zip(v, gradient, strict=True)

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-import ttt_kernels
 from ttt_megatron.config.schema import InnerConfig, ModelConfig
 from ttt_megatron.meta import inner_step
 from ttt_megatron.meta.forward_sweep import SweepReport
@@ -131,9 +130,9 @@ class Learner(nn.Module):
         hidden = self.model.hidden_states(tokens, self.compute_dtype, self.recompute_prefix)
         size = self.inner.chunk_size
         num_chunks = -(-tokens.shape[1] // size)
-        loss, nll = ttt_kernels.linear_cross_entropy(
-            hidden, self.model.head_weight, targets, weights / (num_chunks * tokens.shape[0])
-        )
+        entered = self.model.slots.head.enter(hidden)
+        share = weights / (num_chunks * tokens.shape[0])
+        loss, nll = self.model.loss(entered, targets, share)
         return LearnerOutput(
             loss=loss,
             chunk_losses=_chunk_sums(nll * weights, size),
@@ -156,8 +155,10 @@ class Learner(nn.Module):
             fast_weights=None if torch.is_grad_enabled() else fast,
         )
         initial = [w.detach() for w in inner_step.flatten(self.model.initial_fast_weights())]
-        moved = inner_step.norm([w - start for w, start in zip(fast, initial, strict=True)])
-        output.drift = moved / inner_step.norm([w.unsqueeze(0) for w in initial])
+        sum_parts = self.model.slots.sum_parts
+        moved = [w - start for w, start in zip(fast, initial, strict=True)]
+        size = inner_step.norm([w.unsqueeze(0) for w in initial], sum_parts)
+        output.drift = inner_step.norm(moved, sum_parts) / size
         if report.gradient_norms:
             norms = torch.stack(report.gradient_norms, dim=1)
             output.inner_grad_norms = norms

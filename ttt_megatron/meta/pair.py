@@ -5,6 +5,7 @@ first-order backwards: the derivative along the tangent is taken by writing it d
 autograd does on top of it is first order.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,6 +97,11 @@ def _rope(x: Pair, rotation: Tensor) -> Pair:
 @ops.split_heads.rule(Pair)
 def _split_heads(qkv: Pair, **shape: int) -> tuple[Pair, ...]:
     return tuple(qkv.like(part) for part in ops.split_heads(qkv.stacked, **shape))
+
+
+@ops.map_tokens.rule(Pair)
+def _map_tokens(x: Pair, function: Callable[[Tensor], Tensor]) -> Pair:
+    return x.like(function(x.stacked))
 
 
 @ops.merge_heads.rule(Pair)

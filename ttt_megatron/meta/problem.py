@@ -8,6 +8,7 @@ from torch import Tensor
 from ttt_megatron.config.schema import MemoryPolicy
 from ttt_megatron.meta.substitute import ParameterSlot, suffix_parameters
 from ttt_megatron.meta.suffix_kv import SuffixKV
+from ttt_megatron.model import ops
 from ttt_megatron.model.attention import KV
 from ttt_megatron.model.ops import Operand
 from ttt_megatron.model.transformer import LanguageModel
@@ -88,4 +89,5 @@ class Problem:
         self, chunk: int, x: Operand, past: list[KV | None], fast: list
     ) -> tuple[Operand, list[KV]]:
         """The suffix over one chunk's slice of the prefix output."""
-        return self.model.suffix(x, self.rotation[self.tokens(chunk)], past, fast)
+        own = ops.map_tokens(x, self.model.slots.own_tokens)
+        return self.model.suffix(own, self.rotation[self.tokens(chunk)], past, fast)

@@ -75,9 +75,8 @@ def plain_graph(
     past = _past_leaves(kv, rows.start)
     with torch.enable_grad(), substituted(problem.slots, slow):
         hidden, own = problem.run_suffix(chunk, x, past, inner_step.as_mlps(leaves))
-        root, nll = ttt_kernels.linear_cross_entropy(
-            hidden,
-            problem.model.head_weight,
+        root, nll = problem.model.loss(
+            problem.model.slots.head.enter(hidden),
             problem.targets[:, rows],
             problem.token_weights[:, rows] * problem.chunk_weight,
         )
@@ -108,6 +107,7 @@ def moving_graph(
     weights = problem.token_weights[:, rows]
     with torch.enable_grad(), substituted(problem.slots, slow):
         hidden, own = problem.run_suffix(chunk, x, past, mlps)
+        hidden = problem.model.slots.head.enter(hidden)
         assert isinstance(hidden, Pair)
         root = ttt_kernels.linear_cross_entropy_pair(
             hidden.stacked,
@@ -116,6 +116,7 @@ def moving_graph(
             weights * (problem.chunk_weight * loss_scale),
             weights * -lr,
             history.head.adjoints[0] * -lr,
+            problem.model.slots.head.shard,
         )
     return ChunkGraph(root, own, None, x, leaves, past)
 
@@ -164,7 +165,11 @@ def reverse_step(
     assert v is not None
     if settings.second_order:
         direction = inner_step.clip_adjoint(
-            v, history.gradient, history.gradient_norm, settings.clip
+            v,
+            history.gradient,
+            history.gradient_norm,
+            settings.clip,
+            problem.model.slots.sum_parts,
         )
         graph = moving_graph(
             problem,

@@ -7,6 +7,7 @@ same operations on pairs and reads the entries in the same order. The cotangent 
 matrix product.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -155,6 +156,11 @@ def _rope(x: Recorded, rotation: Tensor) -> Recorded:
 @ops.split_heads.rule(Recorded)
 def _split_heads(qkv: Recorded, **shape: int) -> tuple[Recorded, ...]:
     return tuple(qkv.like(part) for part in ops.split_heads(qkv.value, **shape))
+
+
+@ops.map_tokens.rule(Recorded)
+def _map_tokens(x: Recorded, function: Callable[[Tensor], Tensor]) -> Recorded:
+    return x.like(function(x.value))
 
 
 @ops.merge_heads.rule(Recorded)

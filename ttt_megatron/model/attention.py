@@ -23,9 +23,10 @@ class SelfAttention(nn.Module):
     def __init__(self, config: ModelConfig, slots: Slots) -> None:
         super().__init__()
         self.head_dim = config.hidden_size // config.num_heads
-        self.num_kv_heads = config.num_kv_heads or config.num_heads
+        num_kv_heads = config.num_kv_heads or config.num_heads
+        self.num_kv_heads = num_kv_heads // slots.parts
         self.window = config.window_size
-        columns = (config.num_heads + 2 * self.num_kv_heads) * self.head_dim
+        columns = (config.num_heads + 2 * num_kv_heads) * self.head_dim
         self.linear_qkv = slots.column(config.hidden_size, columns)
         self.q_layernorm = slots.norm(self.head_dim, config.norm_eps)
         self.k_layernorm = slots.norm(self.head_dim, config.norm_eps)

@@ -111,6 +111,12 @@ def attention(
 
 
 @Operation
+def map_tokens(x: Operand, function: Callable[[Tensor], Tensor]) -> Operand:
+    """Apply a linear function of [..., T, H] that treats leading axes alike."""
+    return function(x)
+
+
+@Operation
 def primal(x: Operand) -> Tensor:
     """The ordinary tensor an operand stands for."""
     return x

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ttt_megatron.model import ops
+from ttt_megatron.model.head import WHOLE_HEAD, Head
 from ttt_megatron.model.ops import Operand
 
 
@@ -47,15 +48,26 @@ class Embedding(nn.Module):
         return nn.functional.embedding(tokens, self.weight)
 
 
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
 @dataclass(frozen=True)
 class Slots:
     """Constructors of the layers. A parallel build replaces some of them.
 
     `column` makes linears whose output is cut over heads or MLP columns (qkv, fc1), `row` those
-    whose input is (proj, fc2).
+    whose input is (proj, fc2); `parts` is the number of parts. sum_parts adds a tensor over them;
+    all_tokens and own_tokens go between the tokens [b, T, H] of all parts and a part's own, where
+    parts share them.
     """
 
     column: Callable[[int, int], nn.Module] = Linear
     row: Callable[[int, int], nn.Module] = Linear
     norm: Callable[[int, float], nn.Module] = RMSNorm
     embedding: Callable[[int, int], nn.Module] = Embedding
+    head: Head = WHOLE_HEAD
+    parts: int = 1
+    sum_parts: Callable[[Tensor], Tensor] = _same
+    all_tokens: Callable[[Tensor], Tensor] = _same
+    own_tokens: Callable[[Tensor], Tensor] = _same

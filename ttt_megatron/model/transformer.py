@@ -17,7 +17,7 @@ from ttt_megatron.model.attention import KV
 from ttt_megatron.model.block import Block
 from ttt_megatron.model.mlp import FastMLP
 from ttt_megatron.model.ops import Operand
-from ttt_megatron.model.slots import Linear, Slots
+from ttt_megatron.model.slots import Slots
 
 
 class LanguageModel(nn.Module):
@@ -32,6 +32,7 @@ class LanguageModel(nn.Module):
         if config.vocab_size is None:
             raise ValueError("model.vocab_size is not set")
         self.config = config
+        self.slots = slots
         self.head_dim = config.hidden_size // config.num_heads
         self.num_prefix_layers = config.num_layers - config.num_suffix_layers
         self.embedding = slots.embedding(config.vocab_size, config.hidden_size)
@@ -42,7 +43,7 @@ class LanguageModel(nn.Module):
         self.final_norm = slots.norm(config.hidden_size, config.norm_eps)
         self.output: nn.Module | None = None
         if not config.tie_embeddings:
-            self.output = Linear(config.hidden_size, config.vocab_size)
+            self.output = slots.column(config.hidden_size, config.vocab_size)
 
     def blocks(self, start: int = 0, stop: int | None = None) -> list[Block]:
         """Blocks start … stop−1."""
@@ -81,7 +82,7 @@ class LanguageModel(nn.Module):
 
     def enter_suffix(self, x: Tensor, rotation: Tensor) -> Tensor:
         """The attention of the first suffix block over whole sequences."""
-        return self.suffix_blocks[0].attend(x, rotation, None)[0]
+        return self.slots.all_tokens(self.suffix_blocks[0].attend(x, rotation, None)[0])
 
     def suffix(
         self,
@@ -114,7 +115,14 @@ class LanguageModel(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., H] → [..., V] in the compute dtype."""
-        return ttt_kernels.linear(hidden, self.head_weight)
+        head = self.slots.head
+        return head.whole(ttt_kernels.linear(head.enter(hidden), self.head_weight))
+
+    def loss(self, hidden: Tensor, targets: Tensor, token_weights: Tensor) -> tuple[Tensor, Tensor]:
+        """(Σ token_weights·nll, nll [b, T]) of hidden states that have entered the head."""
+        return ttt_kernels.linear_cross_entropy(
+            hidden, self.head_weight, targets, token_weights, self.slots.head.shard
+        )
 
 
 def run_whole(block: Block, x: Tensor, rotation: Tensor, recompute: bool) -> Tensor:

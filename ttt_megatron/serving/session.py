@@ -138,7 +138,9 @@ class Session:
             return self._model.head_weight.new_zeros(self.batch)
         initial = self._initial_weights()
         moved = [w - start for w, start in zip(self.fast_weights, initial, strict=True)]
-        return inner_step.norm(moved) / inner_step.norm([w.unsqueeze(0) for w in initial])
+        sum_parts = self._model.slots.sum_parts
+        size = inner_step.norm([w.unsqueeze(0) for w in initial], sum_parts)
+        return inner_step.norm(moved, sum_parts) / size
 
     @property
     def nbytes(self) -> int:
