@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import torch
@@ -37,11 +38,19 @@ _LOCK_FILE = ".lock"
 _BELONGS_TO_A_RUN = (CHECKPOINTS, METRICS_FILE, TRACKING_FILE, "*.png")
 
 
+class _StderrHandler(logging.StreamHandler[TextIO]):
+    """Writes to what stderr is at the time: the progress bar, while it shows, puts lines above."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.setStream(sys.stderr)
+        super().emit(record)
+
+
 def train_worker(config: RunConfig, fresh: bool) -> TrainingResult:
     """`run_training` in a process of its own: our messages go to stderr, the main rank's alone."""
     ours = logging.getLogger("ttt_megatron")
     ours.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
-    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(format="%(message)s", handlers=[_StderrHandler()])
     return run_training(config, fresh)
 
 
