@@ -1,9 +1,9 @@
 """Initialisation: every matrix and the embedding ~ N(0, std²), every norm gain 1."""
 
 import torch
-from torch import nn
 
 from ttt_megatron.config.schema import ModelConfig
+from ttt_megatron.model.transformer import LanguageModel
 
 
 def parameter_std(name: str, config: ModelConfig) -> float:
@@ -18,11 +18,11 @@ def parameter_std(name: str, config: ModelConfig) -> float:
 
 
 @torch.no_grad()
-def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
-    """Draw all parameters in place, on the CPU generator, in the order of their names.
+def initialize(model: LanguageModel, config: ModelConfig, seed: int) -> None:
+    """Draw all parameters in place, on the CPU generator.
 
-    The draw of a parameter depends on the seed and its own name alone, so that models that
-    share a layer share its initial value.
+    The draw of a parameter depends on the seed, its own name and its whole shape alone, so that
+    models that share a layer share its initial value, and parts are parts of the same whole.
     """
     for name, parameter in model.named_parameters():
         std = parameter_std(name, config)
@@ -30,8 +30,9 @@ def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
             parameter.fill_(1.0)
             continue
         generator = torch.Generator().manual_seed(_stable_hash(f"{seed}/{name}"))
-        drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
-        parameter.copy_(drawn * std)
+        shape = model.slots.whole_shape(name, parameter.shape)
+        drawn = torch.randn(shape, generator=generator, dtype=torch.float32) * std
+        parameter.copy_(model.slots.take_part(name, drawn))
 
 
 def _stable_hash(text: str) -> int:

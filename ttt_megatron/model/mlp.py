@@ -1,6 +1,6 @@
 """The two SwiGLU MLPs of a block: the static one and the prime one, which holds fast weights."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -44,4 +44,7 @@ class PrimeMLP(MLP):
         """[b, T, H] → [b, T, H] with the given fast weights, or as a static MLP with its own."""
         if fast is None:
             return super().forward(x)
-        return ops.fast_linear(ops.swiglu(ops.fast_linear(x, fast.fc1)), fast.fc2)
+        fc1: Any = self.linear_fc1
+        fc2: Any = self.linear_fc2
+        hidden = fc1.leave(ops.fast_linear(fc1.enter(x), fast.fc1))
+        return fc2.leave(ops.fast_linear(fc2.enter(ops.swiglu(hidden)), fast.fc2))

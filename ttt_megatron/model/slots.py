@@ -12,7 +12,10 @@ from ttt_megatron.model.ops import Operand
 
 
 class Linear(nn.Module):
-    """A static linear map without bias; weight [out, in]."""
+    """A static linear map without bias; weight [out, in].
+
+    What lies around the product is apart, for products with other weights: fast ones.
+    """
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -20,7 +23,15 @@ class Linear(nn.Module):
 
     def forward(self, x: Operand) -> Operand:
         """[..., in] → [..., out], in x's dtype."""
-        return ops.linear(x, self.weight)
+        return self.leave(ops.linear(self.enter(x), self.weight))
+
+    def enter(self, x: Operand) -> Operand:
+        """The input as the product needs it."""
+        return x
+
+    def leave(self, out: Operand) -> Operand:
+        """The layer's output from the product."""
+        return out
 
 
 class RMSNorm(nn.Module):
@@ -52,6 +63,14 @@ def _same(x: Tensor) -> Tensor:
     return x
 
 
+def _same_shape(name: str, shape: torch.Size) -> torch.Size:
+    return shape
+
+
+def _whole(name: str, x: Tensor) -> Tensor:
+    return x
+
+
 @dataclass(frozen=True)
 class Slots:
     """Constructors of the layers. A parallel build replaces some of them.
@@ -59,7 +78,8 @@ class Slots:
     `column` makes linears whose output is cut over heads or MLP columns (qkv, fc1), `row` those
     whose input is (proj, fc2); `parts` is the number of parts. sum_parts adds a tensor over them;
     all_tokens and own_tokens go between the tokens [b, T, H] of all parts and a part's own, where
-    parts share them.
+    parts share them. whole_shape is the shape of the whole parameter of a name, given a part's;
+    take_part is this process's part of it.
     """
 
     column: Callable[[int, int], nn.Module] = Linear
@@ -71,3 +91,5 @@ class Slots:
     sum_parts: Callable[[Tensor], Tensor] = _same
     all_tokens: Callable[[Tensor], Tensor] = _same
     own_tokens: Callable[[Tensor], Tensor] = _same
+    whole_shape: Callable[[str, torch.Size], torch.Size] = _same_shape
+    take_part: Callable[[str, Tensor], Tensor] = _whole

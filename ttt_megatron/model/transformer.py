@@ -72,7 +72,7 @@ class LanguageModel(nn.Module):
 
     def embed(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
         """[b, T] int64 → [b, T, H] in the compute dtype."""
-        return self.embedding(tokens).to(dtype)
+        return self.slots.own_tokens(self.embedding(tokens).to(dtype))
 
     def prefix_blocks(self, x: Tensor, rotation: Tensor, recompute: bool = False) -> Tensor:
         """The first L − S blocks over whole sequences: the stream that enters the suffix blocks."""
