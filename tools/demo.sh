@@ -20,6 +20,7 @@ fi
 
 # Two processes share two cores: more threads would only get into each other's way.
 export OMP_NUM_THREADS=1
+export CUDA_VISIBLE_DEVICES= # a model this small is trained on the CPU, GPU or not
 length=4096 # tokens a sequence at stage 2
 bpe_size=1024
 out=demo

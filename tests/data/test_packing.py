@@ -26,9 +26,17 @@ def test_concatenation_equals_cutting_the_concatenated_documents(length: int) ->
     for epoch in range(3):
         order = permutation(len(LENGTHS), 7, epoch, 0)
         whole = np.concatenate([documents()[number] for number in order])
-        for row in range((len(whole) - 1) // length):
-            expected = whole[row * length : row * length + length + 1]
+        cuts = permutation((len(whole) - 1) // length, 7, epoch, 3)
+        assert sorted(cuts) == list(range(len(cuts)))
+        for row, cut in enumerate(cuts):
+            expected = whole[cut * length : cut * length + length + 1]
             np.testing.assert_array_equal(row_tokens("concatenate", length, epoch, row), expected)
+
+
+def test_neighbouring_rows_come_from_all_over_the_text() -> None:
+    plan = epoch_plan(np.array([100_000, 100_000]), 10, "concatenate", 0, 0)
+    places = np.array([100_000 * plan.start(row)[0] + plan.start(row)[1] for row in range(64)])
+    assert np.ptp(places) > 150_000
 
 
 @pytest.mark.parametrize("length", [1, 7, 8, 16])

@@ -88,9 +88,11 @@ def test_resuming_at_another_size_reads_on_in_the_same_order(
 
 def test_the_same_shards_serve_two_lengths(train: TokenDataset) -> None:
     short, long = TokenStream(train, 30), TokenStream(train, 120)
+    every = short.read_rows(0, short.rows_per_epoch).tokens
+    pieces = {tuple(piece.tolist()) for piece in every}
     for row in range(long.rows_per_epoch):
-        pieces = short.read_rows(4 * row, 4)
-        torch.testing.assert_close(pieces.tokens.reshape(-1), long.read_rows(row, 1).tokens[0])
+        sequence = long.read_rows(row, 1).tokens[0]
+        assert all(tuple(piece.tolist()) in pieces for piece in sequence.view(4, 30))
 
 
 def test_micro_batches_are_the_batch_in_order(train: TokenDataset) -> None:

@@ -87,8 +87,8 @@ class DataConfig:
     sequence_length: int = setting(8192, "Tokens a sequence.")
     packing: Literal["concatenate", "spans"] = setting(
         "concatenate",
-        "concatenate: documents one after the other, cut anywhere; spans: sequences within one "
-        "document, from documents long enough to hold one.",
+        "concatenate: documents one after the other, cut anywhere, the cuts shuffled; spans: "
+        "sequences within one document, from documents long enough to hold one.",
     )
     seed: int = setting(0, "Seed of the shuffle.")
 

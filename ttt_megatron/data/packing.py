@@ -16,7 +16,7 @@ from ttt_megatron.errors import UserError
 Packing = Literal["concatenate", "spans"]
 
 # Purposes of random numbers, so that they do not repeat one another.
-_DOCUMENT_ORDER, _SPAN_OFFSETS, _SPAN_ORDER = range(3)
+_DOCUMENT_ORDER, _SPAN_OFFSETS, _SPAN_ORDER, _CUT_ORDER = range(4)
 
 
 class EpochPlan(ABC):
@@ -32,22 +32,28 @@ class EpochPlan(ABC):
 
 
 class ConcatenatedEpoch(EpochPlan):
-    """Documents in a shuffled order, end to end; row r holds tokens rT to (r + 1)T inclusive."""
+    """Documents in a shuffled order, end to end, cut at stride T; the cuts in a shuffled order.
+
+    Cut c holds tokens cT to (c + 1)T inclusive. Without the second shuffle a batch of short rows
+    would be neighbouring pieces of one document.
+    """
 
     def __init__(self, lengths: np.ndarray, sequence_length: int, seed: int, epoch: int) -> None:
         """`lengths` [documents], in tokens."""
         self._length = sequence_length
         self._order = permutation(len(lengths), seed, epoch, _DOCUMENT_ORDER)
         self._ends = np.cumsum(lengths[self._order])
+        cuts = (int(self._ends[-1]) - 1) // sequence_length
+        self._cuts = permutation(cuts, seed, epoch, _CUT_ORDER)
 
     def start(self, row: int) -> tuple[int, int]:
         """See `EpochPlan.start`."""
-        document, offset, _ = self._pieces(row * self._length, 1)[0]
+        document, offset, _ = self._pieces(int(self._cuts[row]) * self._length, 1)[0]
         return document, offset
 
     def pieces(self, row: int) -> list[tuple[int, int, int]]:
         """See `EpochPlan.pieces`."""
-        return self._pieces(row * self._length, self._length + 1)
+        return self._pieces(int(self._cuts[row]) * self._length, self._length + 1)
 
     def _pieces(self, position: int, count: int) -> list[tuple[int, int, int]]:
         found = []
