@@ -9,6 +9,7 @@ from ttt_megatron.config.schema import InnerConfig, ModelConfig
 from ttt_megatron.meta import inner_step
 from ttt_megatron.meta.forward_sweep import SweepReport
 from ttt_megatron.meta.meta_loss import default_segment, meta_loss, read_sequence
+from ttt_megatron.meta.part import WHOLE, Part
 from ttt_megatron.meta.problem import InnerSettings, Problem, chunk_token_weights
 from ttt_megatron.model.init import initialize
 from ttt_megatron.model.slots import Slots
@@ -21,7 +22,8 @@ class LearnerOutput:
 
     loss: scalar, the mean over sequences and chunks of the chunk losses; chunk_losses [b, N];
     token_nll [b, T] (masked tokens included); and with inner steps inner_grad_norms [b, steps]
-    before the clip, clipped_share (0-d) and drift [b] = ‖W_end − W_0‖/‖W_0‖.
+    before the clip, clipped_share (0-d) and drift [b] = ‖W_end − W_0‖/‖W_0‖. Of sequences in
+    parts, all are the part's own; the loss is its share, and the parts' losses sum to the whole.
     """
 
     loss: Tensor
@@ -85,6 +87,7 @@ class Learner(nn.Module):
         targets: Tensor,
         mask: Tensor,
         inner_lr: float | None = None,
+        part: Part = WHOLE,
         *,
         inner_steps: bool | None = None,
         final_step: bool = False,
@@ -92,7 +95,8 @@ class Learner(nn.Module):
     ) -> LearnerOutput:
         """Loss of a batch: tokens and targets [b, T] int64, mask [b, T] bool.
 
-        inner_lr None is the fully warmed rate. inner_steps None takes the mode's: in training,
+        inner_lr None is the fully warmed rate. `part` says which part of the sequences the batch
+        is, if not the whole. inner_steps None takes the mode's: in training,
         `meta` and `first_order` step; in evaluation (no grad) `naive` does too. `final_step`
         also steps after the last chunk, `logits_of` names chunks whose logits are returned; both
         are for evaluation.
@@ -105,17 +109,18 @@ class Learner(nn.Module):
         weights = chunk_token_weights(mask, self.inner.chunk_size)
         weights = weights.to(torch.promote_types(self.compute_dtype, torch.float32))
         if not inner_steps or self.model.config.num_suffix_layers == 0:
-            return self._plain(tokens, targets, weights, logits_of)
+            return self._plain(tokens, targets, weights, logits_of, part)
         x = self.model.embed(tokens, self.compute_dtype)
-        rotation = self.model.rotations(0, tokens.shape[1], x)
-        x = self.model.prefix_blocks(x, rotation, self.recompute_prefix)
-        x = self.model.enter_suffix(x, rotation)
+        rotation = self.model.rotations(part.start, tokens.shape[1], x)
+        x = self.model.prefix_blocks(x, rotation, self.recompute_prefix, part)
+        x = self.model.enter_suffix(x, rotation, part)
         problem = Problem(
             model=self.model,
             settings=self.settings(rate, tokens.shape[1]),
             targets=targets,
             token_weights=weights,
             rotation=rotation,
+            part=part,
         )
         if training:
             loss, run = meta_loss(problem, x)
@@ -125,11 +130,16 @@ class Learner(nn.Module):
         return self._stepped(problem, loss, report, fast)
 
     def _plain(
-        self, tokens: Tensor, targets: Tensor, weights: Tensor, logits_of: tuple[int, ...]
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        weights: Tensor,
+        logits_of: tuple[int, ...],
+        part: Part,
     ) -> LearnerOutput:
-        hidden = self.model.hidden_states(tokens, self.compute_dtype, self.recompute_prefix)
+        hidden = self.model.hidden_states(tokens, self.compute_dtype, self.recompute_prefix, part)
         size = self.inner.chunk_size
-        num_chunks = -(-tokens.shape[1] // size)
+        num_chunks = -(-part.whole_length(tokens.shape[1]) // size)
         entered = self.model.slots.head.enter(hidden)
         share = weights / (num_chunks * tokens.shape[0])
         loss, nll = self.model.loss(entered, targets, share)

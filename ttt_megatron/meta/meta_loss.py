@@ -36,9 +36,9 @@ class MetaRun:
     """One micro-batch on its way through both sweeps.
 
     Chunks 0 … N−2 are followed by an inner step; the last one's loss is read with the final
-    weights and needs none. Steps are taken in segments; with more than one segment, only the
-    fast weights at segment starts are kept, and a segment's history is made again by rerunning
-    its forward sweep.
+    weights and needs none. (Of sequences in parts, only the last part has such a chunk.) Steps
+    are taken in segments; with more than one segment, only the fast weights at segment starts are
+    kept, and a segment's history is made again by rerunning its forward sweep.
     """
 
     problem: Problem
@@ -53,25 +53,30 @@ class MetaRun:
 
     def segments(self) -> list[range]:
         """The chunks followed by a step, cut into segments."""
-        steps = self.problem.num_chunks - 1
+        steps = self.problem.num_steps
         size = self.problem.settings.segment_chunks or max(steps, 1)
         return [range(i, min(i + size, steps)) for i in range(0, steps, size)]
 
     def forward(self, prefix_output: Tensor, initial: list[Tensor]) -> Tensor:
-        """Run the forward sweep; returns the loss."""
+        """Run the forward sweep; returns the loss, of this part's chunks alone."""
         problem = self.problem
         self.prefix_output = prefix_output.detach()
         self.initial = [w.detach() for w in initial]
         self.report = new_report(problem)
         fast = inner_step.for_sequences(self.initial, prefix_output.shape[0])
-        self.state = SweepState(fast, problem.new_kv())
+        kv = problem.new_kv()
+        self.state = SweepState(fast, kv)
+        problem.part.receive_state(problem.boundary(fast, kv, prefix_output))
+        self.slow = slow_leaves(problem)
         segments = self.segments()
         for index, segment in enumerate(segments):
             is_last = index == len(segments) - 1
             if not is_last:
                 self.starts.append([w.clone() for w in self.state.fast])
             self._run_segment(segment, record=is_last)
-        self._read_last_chunk()
+        if problem.part.is_last:
+            self._read_last_chunk()
+        problem.part.send_state(problem.boundary(fast, kv, prefix_output, after=True))
         weighted = (self.report.token_nll * problem.token_weights).sum()
         return weighted * problem.chunk_weight
 
@@ -86,7 +91,6 @@ class MetaRun:
     def _read_last_chunk(self) -> None:
         """The last chunk's graph is built at once: nothing but its cotangent is missing."""
         problem, chunk = self.problem, self.problem.num_chunks - 1
-        self.slow = slow_leaves(problem)
         self.last = plain_graph(
             problem, self.prefix_output, self.state.kv, self.state.fast, self.slow, chunk
         )
@@ -100,12 +104,9 @@ class MetaRun:
         """
         problem = self.problem
         cotangents = Cotangents(
-            None, problem.new_kv(), torch.empty_like(self.prefix_output), self.slow
+            [], problem.new_kv(), torch.empty_like(self.prefix_output), self.slow
         )
-        assert self.last is not None
-        graph, self.last = self.last, None
-        cotangents.fast = pull_back(problem, graph, cotangents, problem.num_chunks - 1, loss_scale)
-        del graph
+        self._start_from_the_end(cotangents, loss_scale)
         fast = self.state.fast
         for segment in reversed(self.segments()):
             if not self.history:
@@ -123,7 +124,28 @@ class MetaRun:
                 )
         slow = [torch.zeros_like(x) if x.grad is None else x.grad for x in self.slow]
         self.slow = []
-        return cotangents.prefix_output, slow, [v.sum(0) for v in cotangents.fast]
+        return cotangents.prefix_output, slow, self._leave_at_the_start(cotangents)
+
+    def _start_from_the_end(self, cotangents: Cotangents, loss_scale: Tensor) -> None:
+        """What reaches the last step's result: from the last chunk, or from the part behind."""
+        problem = self.problem
+        if self.last is not None:
+            graph, self.last = self.last, None
+            last = problem.num_chunks - 1
+            cotangents.fast = pull_back(problem, graph, cotangents, last, loss_scale)
+            return
+        cotangents.fast = [torch.zeros_like(w) for w in self.state.fast]
+        problem.part.receive_cotangent(
+            problem.boundary(cotangents.fast, cotangents.kv, self.prefix_output, after=True)
+        )
+
+    def _leave_at_the_start(self, cotangents: Cotangents) -> list[Tensor]:
+        """The gradient of the initial fast weights, which the first part alone starts from."""
+        problem, v = self.problem, cotangents.fast
+        problem.part.send_cotangent(problem.boundary(v, cotangents.kv, self.prefix_output))
+        if problem.part.is_first:
+            return [x.sum(0) for x in v]
+        return [torch.zeros_like(w) for w in self.initial]
 
     def _rerun(self, segment: range) -> list[Tensor]:
         """Make a segment's history again from its start; returns the fast weights at its end."""
@@ -172,20 +194,22 @@ def read_sequence(
 ) -> tuple[SweepReport, list[Tensor]]:
     """Evaluate: read all chunks with inner steps and no outer gradient.
 
-    A step is taken after the last chunk only if `final_step` asks for it, and never after a
-    chunk that is not full. Returns the report and the fast weights at the end.
+    A step is taken after the sequence's last chunk only if `final_step` asks for it, and never
+    after a chunk that is not full. Returns the report and the fast weights at the end.
     """
     report = new_report(problem, logits_of)
     initial = inner_step.flatten(problem.model.initial_fast_weights())
-    state = SweepState(inner_step.for_sequences(initial, prefix_output.shape[0]), problem.new_kv())
+    fast, kv = inner_step.for_sequences(initial, prefix_output.shape[0]), problem.new_kv()
+    state = SweepState(fast, kv)
+    problem.part.receive_state(problem.boundary(fast, kv, prefix_output))
     for chunk in range(problem.num_chunks):
         rows = problem.tokens(chunk)
-        is_last = chunk == problem.num_chunks - 1
         full = rows.stop - rows.start == problem.settings.chunk_size
-        if full and (final_step or not is_last):
+        if full and (final_step or chunk < problem.num_steps):
             step_through_chunk(problem, prefix_output, state, report, chunk, record=False)
         else:
             read_chunk(problem, prefix_output, state, report, chunk)
+    problem.part.send_state(problem.boundary(state.fast, kv, prefix_output, after=True))
     return report, state.fast
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ttt_megatron.config.schema import MemoryPolicy
+from ttt_megatron.meta.part import WHOLE, Boundary, Part
 from ttt_megatron.meta.substitute import ParameterSlot, suffix_parameters
 from ttt_megatron.meta.suffix_kv import SuffixKV
 from ttt_megatron.model import ops
@@ -44,10 +45,12 @@ def chunk_token_weights(mask: Tensor, chunk_size: int) -> Tensor:
 
 @dataclass(kw_only=True)
 class Problem:
-    """A batch of sequences of which the prefix has been run.
+    """A batch of sequences, or a part of each, of which the prefix has been run.
 
     targets [b, T] int64; token_weights [b, T]: see `chunk_token_weights`; chunk losses weigh
-    1/(N·b) each in the loss.
+    1/(N·b) each in the loss. T, N, chunks and positions are the part's.
+
+    Raises ValueError if the sequences are cut into parts elsewhere than between chunks.
     """
 
     model: LanguageModel
@@ -55,9 +58,16 @@ class Problem:
     targets: Tensor
     token_weights: Tensor
     rotation: Tensor
+    part: Part = WHOLE
     slots: list[ParameterSlot] = field(init=False)
 
     def __post_init__(self) -> None:
+        stop = 0 if self.part.is_last else self.length
+        if self.part.start % self.settings.chunk_size or stop % self.settings.chunk_size:
+            raise ValueError(
+                f"a part of {self.length} tokens from {self.part.start} on does not lie between "
+                f"chunks of {self.settings.chunk_size}"
+            )
         self.slots = suffix_parameters(self.model)
 
     @property
@@ -71,9 +81,15 @@ class Problem:
         return -(-self.length // self.settings.chunk_size)
 
     @property
+    def num_steps(self) -> int:
+        """Chunks followed by an inner step: all but the whole sequence's last."""
+        return self.num_chunks - 1 if self.part.is_last else self.num_chunks
+
+    @property
     def chunk_weight(self) -> float:
         """The weight of one chunk of one sequence in the loss."""
-        return 1.0 / (self.num_chunks * self.targets.shape[0])
+        in_all = -(-self.part.whole_length(self.length) // self.settings.chunk_size)
+        return 1.0 / (in_all * self.targets.shape[0])
 
     def tokens(self, chunk: int) -> slice:
         """The chunk's positions."""
@@ -83,7 +99,26 @@ class Problem:
     def new_kv(self) -> SuffixKV:
         """Empty key and value buffers for the suffix."""
         blocks = self.model.config.num_suffix_layers - 1
-        return SuffixKV(blocks, self.length, self.model.config.window_size)
+        window = self.model.config.window_size
+        return SuffixKV(blocks, self.length, window, self._visible(self.part.start))
+
+    def _visible(self, position: int) -> int:
+        """How many tokens before this position of the whole sequence a token there can see."""
+        window = self.model.config.window_size
+        return position if window is None else min(position, window - 1)
+
+    def boundary(
+        self, fast: list[Tensor], kv: SuffixKV, like: Tensor, *, after: bool = False
+    ) -> Boundary:
+        """What crosses this part's start, or its end: `fast`, and views of what lies in `kv`.
+
+        `like` has the keys' dtype and device.
+        """
+        layers = [block.self_attention for block in self.model.suffix_blocks[1:]]
+        shapes = [(len(self.targets), 0, a.num_kv_heads, a.head_dim) for a in layers]
+        kv.reserve([KV(like.new_empty(shape), like.new_empty(shape)) for shape in shapes])
+        stop = self.length if after else 0
+        return Boundary(fast, kv.entries(stop - self._visible(self.part.start + stop), stop))
 
     def run_suffix(
         self, chunk: int, x: Operand, past: list[KV | None], fast: list

@@ -30,11 +30,11 @@ from ttt_megatron.model.mlp import FastMLP
 class Cotangents:
     """What the reverse sweep carries and collects.
 
-    fast: v, one tensor [b, out, in] a fast weight, or None before anything reached it; kv: ĉ;
+    fast: v, one tensor [b, out, in] a fast weight, empty before anything reached it; kv: ĉ;
     prefix_output [b, T, H]; slow: leaves whose `.grad` sums the slow weights' gradients.
     """
 
-    fast: list[Tensor] | None
+    fast: list[Tensor]
     kv: SuffixKV
     prefix_output: Tensor
     slow: list[Tensor]
@@ -134,9 +134,8 @@ def pull_back(
     """
     rows = problem.tokens(chunk)
     roots, seeds = [graph.root], [scale.to(graph.root.dtype)]
-    waiting = cotangents.kv.own(rows.start, rows.stop)
-    if waiting:
-        roots += [tensor for kv in graph.own for tensor in kv]
+    for own, waiting in zip(graph.own, cotangents.kv.entries(rows.start, rows.stop), strict=False):
+        roots += own
         seeds += waiting
     past = [tensor for kv in graph.past if kv is not None for tensor in kv]
     inputs = [graph.x, *graph.fast, *past, *cotangents.slow]
@@ -162,7 +161,6 @@ def reverse_step(
     settings = problem.settings
     inner_step.undo_step_(fast, history.gradient, history.rate)
     v = cotangents.fast
-    assert v is not None
     if settings.second_order:
         direction = inner_step.clip_adjoint(
             v,

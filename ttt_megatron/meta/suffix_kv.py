@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import torch
-from torch import Tensor
 
 from ttt_megatron.model.attention import KV
 
@@ -24,25 +23,33 @@ class ChunkCache(Protocol):
 
 
 class SuffixKV:
-    """One pair of buffers [b, T, n_kv, d] for each suffix block after the first.
+    """One pair of buffers [b, before + T, n_kv, d] for each suffix block after the first.
 
     (The first one's attention belongs to the prefix.) A chunk reads the `window − 1` entries
-    before it and writes its own.
+    before it and writes its own. Token 0 may have `before` others before it: those are at
+    positions −before … −1.
     """
 
-    def __init__(self, num_blocks: int, length: int, window: int | None) -> None:
+    def __init__(self, num_blocks: int, length: int, window: int | None, before: int = 0) -> None:
         self.num_blocks = num_blocks
         self.length = length
         self.window = window
+        self.before = before
         self._buffers: list[KV] = []
 
     def _first(self, start: int) -> int:
-        return 0 if self.window is None else max(0, start - self.window + 1)
+        furthest = -self.before
+        return furthest if self.window is None else max(furthest, start - self.window + 1)
 
-    def _allocate(self, like: Sequence[KV]) -> None:
+    def _rows(self, start: int, stop: int) -> slice:
+        return slice(self.before + start, self.before + stop)
+
+    def reserve(self, like: Sequence[KV]) -> None:
+        """Make the buffers, zero, if there are none yet: as `like` but for the number of tokens."""
         if not self._buffers:
+            size = self.before + self.length
             self._buffers = [
-                KV(*(x.new_zeros(x.shape[0], self.length, *x.shape[2:]) for x in kv)) for kv in like
+                KV(*(x.new_zeros(x.shape[0], size, *x.shape[2:]) for x in kv)) for kv in like
             ]
 
     def past(self, start: int) -> list[KV | None]:
@@ -50,27 +57,29 @@ class SuffixKV:
         first = self._first(start)
         if first == start:
             return [None] * self.num_blocks
-        return [KV(kv.k[:, first:start], kv.v[:, first:start]) for kv in self._buffers]
+        rows = self._rows(first, start)
+        return [KV(kv.k[:, rows], kv.v[:, rows]) for kv in self._buffers]
 
     def write(self, start: int, own: Sequence[KV]) -> None:
-        """Store a chunk's own keys and values."""
-        self._allocate(own)
+        """Store keys and values of the tokens from `start` on."""
+        self.reserve(own)
         for kv, new in zip(self._buffers, own, strict=True):
             for buffer, value in zip(kv, new, strict=True):
-                buffer[:, start : start + value.shape[1]] = value.detach()
+                buffer[:, self._rows(start, start + value.shape[1])] = value.detach()
 
-    def own(self, start: int, stop: int) -> list[Tensor]:
-        """The entries of a chunk, key and value of every block in turn; empty before any write."""
-        return [buffer[:, start:stop] for kv in self._buffers for buffer in kv]
+    def entries(self, start: int, stop: int) -> list[KV]:
+        """Views of the entries of tokens start … stop−1; no blocks before `reserve` or a write."""
+        rows = self._rows(start, stop)
+        return [KV(kv.k[:, rows], kv.v[:, rows]) for kv in self._buffers]
 
     def add_to_past(self, start: int, past: Sequence[KV | None]) -> None:
         """Add to the entries `past(start)` returned."""
         given = [kv for kv in past if kv is not None]
-        self._allocate(given)
+        self.reserve(given)
         first = self._first(start)
         for kv, addition in zip(self._buffers, given, strict=False):
             for buffer, value in zip(kv, addition, strict=True):
-                buffer[:, first:start] += value
+                buffer[:, self._rows(first, start)] += value
 
     @property
     def nbytes(self) -> int:

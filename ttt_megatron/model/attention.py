@@ -1,5 +1,6 @@
 """Self-attention with normalised queries and keys, and rotary positions."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -17,6 +18,13 @@ class KV(NamedTuple):
     v: Tensor
 
 
+FindPast = Callable[[KV], tuple[KV, KV | None]]
+"""From a run's own keys and values to these and those of the tokens just before the run.
+
+The own ones are to be used as returned: gradients of whoever else sees them may join there.
+"""
+
+
 class SelfAttention(nn.Module):
     """Causal (windowed) self-attention; queries and keys RMS-normalised per head, then rotated."""
 
@@ -32,16 +40,21 @@ class SelfAttention(nn.Module):
         self.k_layernorm = slots.norm(self.head_dim, config.norm_eps)
         self.linear_proj = slots.row(config.num_heads * self.head_dim, config.hidden_size)
 
-    def forward(self, x: Operand, rotation: Tensor, past: KV | None) -> tuple[Operand, KV]:
+    def forward(
+        self, x: Operand, rotation: Tensor, past: KV | FindPast | None
+    ) -> tuple[Operand, KV]:
         """[b, T, H] → [b, T, H], and the tokens' own keys and values.
 
-        rotation [T, d/2] holds the tokens' angles; past the keys and values just before them.
+        rotation [T, d/2] holds the tokens' angles; past the keys and values just before them, or
+        how to find them.
         """
         q, k, v = ops.split_heads(
             self.linear_qkv(x), num_kv_heads=self.num_kv_heads, head_dim=self.head_dim
         )
         q = ops.rope(self.q_layernorm(q), rotation)
         k = ops.rope(self.k_layernorm(k), rotation)
+        if callable(past):
+            (k, v), past = past(KV(k, v))
         past_k, past_v = past if past is not None else (None, None)
         out = ops.attention(q, k, v, past_k, past_v, window=self.window)
         return self.linear_proj(ops.merge_heads(out)), KV(ops.primal(k), ops.primal(v))

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ttt_megatron.config.schema import ModelConfig
 from ttt_megatron.model import ops
-from ttt_megatron.model.attention import KV, SelfAttention
+from ttt_megatron.model.attention import KV, FindPast, SelfAttention
 from ttt_megatron.model.mlp import MLP, FastMLP, PrimeMLP
 from ttt_megatron.model.ops import Operand
 from ttt_megatron.model.slots import Slots
@@ -32,7 +32,9 @@ class Block(nn.Module):
         self.mlp = MLP(width, config.ffn_hidden_size, slots)
         self.mlp_post_norm = slots.norm(width, eps)
 
-    def attend(self, x: Operand, rotation: Tensor, past: KV | None) -> tuple[Operand, KV]:
+    def attend(
+        self, x: Operand, rotation: Tensor, past: KV | FindPast | None
+    ) -> tuple[Operand, KV]:
         """The attention part: [b, T, H] → [b, T, H], and the tokens' keys and values."""
         out, kv = self.self_attention(self.attention_norm(x), rotation, past)
         return ops.add(x, self.attention_post_norm(out)), kv
@@ -45,7 +47,11 @@ class Block(nn.Module):
         return ops.add(x, self.mlp_post_norm(self.mlp(self.mlp_norm(x))))
 
     def forward(
-        self, x: Operand, rotation: Tensor, past: KV | None = None, fast: FastMLP | None = None
+        self,
+        x: Operand,
+        rotation: Tensor,
+        past: KV | FindPast | None = None,
+        fast: FastMLP | None = None,
     ) -> tuple[Operand, KV]:
         """The whole block: [b, T, H] → [b, T, H], and the tokens' keys and values."""
         x, kv = self.attend(x, rotation, past)

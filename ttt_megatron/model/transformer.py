@@ -17,6 +17,7 @@ from ttt_megatron.model.attention import KV
 from ttt_megatron.model.block import Block
 from ttt_megatron.model.mlp import FastMLP
 from ttt_megatron.model.ops import Operand
+from ttt_megatron.model.part import WHOLE, SequencePart
 from ttt_megatron.model.slots import Slots
 
 
@@ -74,15 +75,22 @@ class LanguageModel(nn.Module):
         """[b, T] int64 → [b, T, H] in the compute dtype."""
         return self.slots.own_tokens(self.embedding(tokens).to(dtype))
 
-    def prefix_blocks(self, x: Tensor, rotation: Tensor, recompute: bool = False) -> Tensor:
-        """The first L − S blocks over whole sequences: the stream that enters the suffix blocks."""
+    def prefix_blocks(
+        self,
+        x: Tensor,
+        rotation: Tensor,
+        recompute: bool = False,
+        part: SequencePart = WHOLE,
+    ) -> Tensor:
+        """The first L − S blocks over all tokens at once: the stream that enters the suffix."""
         for block in self.blocks(0, self.num_prefix_layers):
-            x = run_whole(block, x, rotation, recompute)
+            x = run_whole(block, x, rotation, recompute, part)
         return x
 
-    def enter_suffix(self, x: Tensor, rotation: Tensor) -> Tensor:
-        """The attention of the first suffix block over whole sequences."""
-        return self.slots.all_tokens(self.suffix_blocks[0].attend(x, rotation, None)[0])
+    def enter_suffix(self, x: Tensor, rotation: Tensor, part: SequencePart = WHOLE) -> Tensor:
+        """The attention of the first suffix block over all tokens at once."""
+        attended = self.suffix_blocks[0].attend(x, rotation, part.find_past())[0]
+        return self.slots.all_tokens(attended)
 
     def suffix(
         self,
@@ -104,12 +112,18 @@ class LanguageModel(nn.Module):
             own.append(kv)
         return self.final_norm(x), own
 
-    def hidden_states(self, tokens: Tensor, dtype: torch.dtype, recompute: bool = False) -> Tensor:
+    def hidden_states(
+        self,
+        tokens: Tensor,
+        dtype: torch.dtype,
+        recompute: bool = False,
+        part: SequencePart = WHOLE,
+    ) -> Tensor:
         """The plain model, prime MLPs static: [b, T] int64 → [b, T, H] after the final norm."""
         x = self.embed(tokens, dtype)
-        rotation = self.rotations(0, tokens.shape[1], x)
+        rotation = self.rotations(part.start, tokens.shape[1], x)
         for block in self.blocks():
-            x = run_whole(block, x, rotation, recompute)
+            x = run_whole(block, x, rotation, recompute, part)
         normed: Tensor = self.final_norm(x)
         return normed
 
@@ -125,9 +139,12 @@ class LanguageModel(nn.Module):
         )
 
 
-def run_whole(block: Block, x: Tensor, rotation: Tensor, recompute: bool) -> Tensor:
-    """A block over whole sequences, its activations recomputed in the backward pass or kept."""
+def run_whole(
+    block: Block, x: Tensor, rotation: Tensor, recompute: bool, part: SequencePart
+) -> Tensor:
+    """A block over all tokens, its activations recomputed in the backward pass or kept."""
+    past = part.find_past()
     if recompute and torch.is_grad_enabled():
-        out: Tensor = checkpoint(lambda y: block(y, rotation)[0], x, use_reentrant=False)
+        out: Tensor = checkpoint(lambda y: block(y, rotation, past)[0], x, use_reentrant=False)
         return out
-    return block(x, rotation)[0]
+    return block(x, rotation, past)[0]
