@@ -14,6 +14,7 @@ from ttt_megatron.meta.problem import InnerSettings, Problem, chunk_token_weight
 from ttt_megatron.model.init import initialize
 from ttt_megatron.model.slots import Slots
 from ttt_megatron.model.transformer import LanguageModel
+from ttt_megatron.tracing import span
 
 
 @dataclass(kw_only=True)
@@ -110,10 +111,11 @@ class Learner(nn.Module):
         weights = weights.to(torch.promote_types(self.compute_dtype, torch.float32))
         if not inner_steps or self.model.config.num_suffix_layers == 0:
             return self._plain(tokens, targets, weights, logits_of, part)
-        x = self.model.embed(tokens, self.compute_dtype)
-        rotation = self.model.rotations(part.start, tokens.shape[1], x)
-        x = self.model.prefix_blocks(x, rotation, self.recompute_prefix, part)
-        x = self.model.enter_suffix(x, rotation, part)
+        with span("prefix forward"):
+            x = self.model.embed(tokens, self.compute_dtype)
+            rotation = self.model.rotations(part.start, targets.shape[1], x)
+            x = self.model.prefix_blocks(x, rotation, self.recompute_prefix, part)
+            x = self.model.enter_suffix(x, rotation, part)
         problem = Problem(
             model=self.model,
             settings=self.settings(rate, tokens.shape[1]),

@@ -29,6 +29,7 @@ from ttt_megatron.meta.reverse_sweep import (
     reverse_step,
     slow_leaves,
 )
+from ttt_megatron.tracing import span, until_backward_ends
 
 
 @dataclass
@@ -59,6 +60,10 @@ class MetaRun:
 
     def forward(self, prefix_output: Tensor, initial: list[Tensor]) -> Tensor:
         """Run the forward sweep; returns the loss, of this part's chunks alone."""
+        with span("suffix forward"):
+            return self._forward(prefix_output, initial)
+
+    def _forward(self, prefix_output: Tensor, initial: list[Tensor]) -> Tensor:
         problem = self.problem
         self.prefix_output = prefix_output.detach()
         self.initial = [w.detach() for w in initial]
@@ -168,7 +173,9 @@ class _MetaLoss(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
         run, ctx.run = ctx.run, None
-        d_prefix, d_slow, d_fast = run.backward(d_loss)
+        with span("suffix backward"):
+            d_prefix, d_slow, d_fast = run.backward(d_loss)
+        until_backward_ends("prefix backward")
         return None, d_prefix, None, *d_slow, *d_fast
 
 

@@ -17,6 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup, Work
 
+from ttt_megatron.tracing import span
+
 Kind = Literal["halo", "state"]
 """Keys and values in the prefix, or the inner loop's state; or the cotangents of either."""
 
@@ -53,7 +55,7 @@ class Channel:
             return
         buffer = into if into.is_contiguous() else torch.empty_like(into).contiguous()
         start = time.perf_counter()
-        with torch.profiler.record_function(f"receive {kind}"):
+        with span(f"wait for {kind}"):
             work = dist.irecv(buffer, group=self._group, group_src=peer)
             assert work is not None
             work.wait()
