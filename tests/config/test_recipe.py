@@ -90,7 +90,8 @@ def test_dictionaries_and_yaml_round_trip_exactly(write):
     "name", [n for n, key in known_keys().items() if key.kind is str or key.kind is bool]
 )
 def test_every_text_and_switch_survives_a_saved_recipe(write, name):
-    data: dict = {"parallel": {"overlap_grad_reduce": True}}
+    # What other switches need.
+    data: dict = {"parallel": {"overlap_grad_reduce": True, "tensor": 2}}
     if name == "parallel.overlap_grad_reduce":
         data = {"parallel": {"overlap_grad_reduce": False}}
     elif "." in name:

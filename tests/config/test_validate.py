@@ -85,6 +85,12 @@ def resolve(tmp_path):
         ["training.output="],
         ["parallel.data=0"],
         ["parallel.overlap_param_gather=true"],
+        ["parallel.tensor=3"],
+        ["parallel.tensor=2", "model.num_kv_heads=1"],
+        ["parallel.tensor=2", "model.ffn_hidden_size=1663"],
+        ["parallel.tensor=2", "model.prime_ffn_hidden_size=5"],
+        ["parallel.sequence_parallel=true"],
+        ["parallel.tensor=2", "parallel.sequence_parallel=true", "inner.chunk_size=1"],
     ],
 )
 def test_impossible_values_are_refused_by_name_and_value(resolve, overrides):
@@ -118,6 +124,8 @@ def test_impossible_values_are_refused_by_name_and_value(resolve, overrides):
         ["training.steps=1", "training.eval_sequences=0"],
         ["training.global_batch_size=8", "training.micro_batch_size=2", "parallel.data=4"],
         ["parallel.overlap_param_gather=true", "parallel.overlap_grad_reduce=true"],
+        ["parallel.tensor=2", "parallel.sequence_parallel=true"],
+        ["parallel.tensor=2", "inner.chunk_size=1"],
     ],
 )
 def test_values_at_the_edge_are_possible(resolve, overrides):

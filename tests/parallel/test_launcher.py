@@ -40,7 +40,7 @@ def test_a_killed_worker_is_told_by_its_signal() -> None:
 def test_under_torchrun_the_world_must_be_the_recipes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(UserError, match=r"4 processes, but parallel\.data=2"):
+    with pytest.raises(UserError, match=r"4 processes, but .* makes 2"):
         launch(_fail, ("user",), 2)
 
 

@@ -52,8 +52,9 @@ def _train(groups: Groups, parallel: ParallelConfig, micro: int) -> Course:
         losses.append(reduce_measurements(measured, False, groups)[0].loss)
         norms.append(optimizer.step(step).grad_norm)
     settle_parameters(ddp)
-    moments = optimizer.state_to_save().get("moments", {})
-    whole = {f"{n}/{m}": t.data for n, pair in moments.items() for m, t in pair.items()}
+    whole = {}
+    for moments in groups.gather_objects(optimizer.gathered_moments()):
+        whole |= {f"{n}/{m}": tensor for n, pair in moments.items() for m, tensor in pair.items()}
     return losses, norms, whole, {n: p.detach().clone() for n, p in learner.named_parameters()}
 
 

@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     if not under_torchrun():
         check_start(config, fresh=args.fresh)
     try:
-        result = launch(_work, (config, args.fresh), config.parallel.data)
+        result = launch(_work, (config, args.fresh), config.parallel.world_size)
     except WorkerError as failure:
         print(f"error: {failure}", file=sys.stderr)
         return EXIT_WORKER_FAILED

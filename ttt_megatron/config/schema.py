@@ -113,12 +113,23 @@ class ParallelConfig:
     """How many processes share the work, and how."""
 
     data: int = setting(1, "Data-parallel processes.")
+    tensor: int = setting(
+        1, "Tensor-parallel processes: each holds a part of every matrix, fast weights included."
+    )
+    sequence_parallel: bool = setting(
+        False, "Tensor-parallel processes also share out the tokens between the matrices."
+    )
     overlap_grad_reduce: bool = setting(
         False, "Reduce gradients while the backward pass still runs."
     )
     overlap_param_gather: bool = setting(
         False, "Gather updated parameters while the next forward pass runs."
     )
+
+    @property
+    def world_size(self) -> int:
+        """Processes in all."""
+        return self.tensor * self.data
 
 
 @dataclass(frozen=True, kw_only=True)

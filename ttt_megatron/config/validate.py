@@ -6,6 +6,7 @@ from ttt_megatron.config.schema import (
     InnerConfig,
     ModelConfig,
     OptimizerConfig,
+    ParallelConfig,
     RunConfig,
     TrainingConfig,
 )
@@ -32,6 +33,7 @@ _POSITIVE = (
     "optimizer.lr",
     "optimizer.eps",
     "parallel.data",
+    "parallel.tensor",
     "training.steps",
     "training.global_batch_size",
     "training.micro_batch_size",
@@ -69,6 +71,7 @@ def _problems(config: RunConfig) -> Iterator[str]:
     yield from _inner(config.inner, config.model, config.data.sequence_length)
     yield from _optimizer(config.optimizer)
     yield from _batch(config.training, config.parallel.data)
+    yield from _tensor(config.parallel, config.model, config.inner.chunk_size)
     if config.parallel.overlap_param_gather and not config.parallel.overlap_grad_reduce:
         yield (
             "parallel.overlap_param_gather = true needs parallel.overlap_grad_reduce = true; "
@@ -188,4 +191,32 @@ def _batch(training: TrainingConfig, data_parallel: int) -> Iterator[str]:
             f"training.global_batch_size = {training.global_batch_size} is not a multiple of "
             f"training.micro_batch_size = {training.micro_batch_size} times "
             f"parallel.data = {data_parallel}, that is {held}; change one of the three"
+        )
+
+
+def _tensor(parallel: ParallelConfig, model: ModelConfig, chunk_size: int) -> Iterator[str]:
+    """What does not divide among tensor-parallel processes; the vocabulary may not be known yet."""
+    parts = parallel.tensor
+    kv_heads = "num_heads" if model.num_kv_heads is None else "num_kv_heads"
+    widths = ["num_heads", kv_heads, "ffn_hidden_size"]
+    if model.num_suffix_layers and model.prime_ffn_hidden_size is not None:
+        widths.append("prime_ffn_hidden_size")
+    for name in widths:
+        if getattr(model, name) % parts:
+            yield (
+                f"parallel.tensor = {parts} does not divide model.{name} = "
+                f"{getattr(model, name)}; choose a number of processes that does"
+            )
+    if not parallel.sequence_parallel:
+        return
+    if parts == 1:
+        yield (
+            "parallel.sequence_parallel = true shares tokens among tensor-parallel processes, and "
+            "parallel.tensor = 1 gives one; set parallel.tensor, or leave sequence_parallel out"
+        )
+    elif chunk_size % parts:
+        # Whole chunks make a sequence, so its length divides as well.
+        yield (
+            f"parallel.tensor = {parts} does not divide inner.chunk_size = {chunk_size}, whose "
+            "tokens parallel.sequence_parallel = true shares out; change one of them"
         )

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from ttt_megatron.config.schema import ParallelConfig
 from ttt_megatron.errors import UserError
 from ttt_megatron.parallel.standins import install_standins
 
@@ -21,14 +22,16 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 class Groups:
     """This process's place in the run.
 
-    `rank` of `world_size` processes, `data_rank` of `data_size` data-parallel ones; `device` is
-    where it computes.
+    `rank` of `world_size` processes, `data_rank` of `data_size` data-parallel ones, `tensor_rank`
+    of the `tensor_size` that share a replica; `device` is where it computes.
     """
 
     rank: int
     world_size: int
     data_rank: int
     data_size: int
+    tensor_rank: int
+    tensor_size: int
     device: torch.device
 
     @property
@@ -36,15 +39,14 @@ class Groups:
         """Whether this process writes logs, manifests and plots."""
         return self.rank == 0
 
-    @property
-    def data_group(self) -> dist.ProcessGroup:
-        """The data-parallel group, for collectives on tensors of `device`."""
-        return parallel_state.get_data_parallel_group()
+    def sum_replicas(self, values: torch.Tensor) -> torch.Tensor:
+        """Sums a tensor over the data-parallel replicas, in place; returns it.
 
-    def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Sums a tensor over the data-parallel ranks, in place; returns it."""
-        dist.all_reduce(values, group=self.data_group)
-        return values
+        The ranks of a replica hold the same values. They all take part, so that every rank gets
+        the very same sum and what it decides by it is what the others decide.
+        """
+        dist.all_reduce(values)
+        return values.div_(self.tensor_size)
 
     def broadcast_object(self, value: Any) -> Any:
         """Rank 0's picklable `value`, on every rank."""
@@ -80,14 +82,23 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     if local_rank >= torch.cuda.device_count():
         raise UserError(
             f"local rank {local_rank} has no GPU of its own: torch finds "
-            f"{torch.cuda.device_count()}; lower parallel.data"
+            f"{torch.cuda.device_count()}; start fewer processes on this machine"
         )
     return torch.device("cuda", local_rank)
 
 
 @contextmanager
-def process_groups(device_name: str = "auto") -> Iterator[Groups]:
-    """Starts torch.distributed (gloo on CPU, NCCL on CUDA) and mcore's groups; ends them on exit.
+def process_groups(
+    device_name: str = "auto", parallel: ParallelConfig | None = None
+) -> Iterator[Groups]:
+    """Starts torch.distributed and mcore's groups, as `processes` and `layout` do; ends both."""
+    with processes(device_name) as device, layout(device, parallel) as groups:
+        yield groups
+
+
+@contextmanager
+def processes(device_name: str = "auto") -> Iterator[torch.device]:
+    """Starts torch.distributed (gloo on CPU, NCCL on CUDA), ends it on exit; yields the device.
 
     Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT as torchrun sets them. Where
     they are absent this is a one-process group of its own.
@@ -104,14 +115,36 @@ def process_groups(device_name: str = "auto") -> Iterator[Groups]:
             backend, store=dist.HashStore(), rank=0, world_size=1, timeout=COLLECTIVE_TIMEOUT
         )
     try:
-        parallel_state.initialize_model_parallel()
+        yield device
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def layout(device: torch.device, parallel: ParallelConfig | None = None) -> Iterator[Groups]:
+    """mcore's groups for processes that have been started; afterwards others can be made.
+
+    Without `parallel` all processes are data-parallel.
+
+    Raises UserError if there are not as many processes as `parallel` asks for.
+    """
+    size = dist.get_world_size()
+    if parallel is not None and parallel.world_size != size:
+        raise UserError(
+            f"the recipe's parallel section makes {parallel.world_size} processes, and {size} "
+            f"were started: make them equal"
+        )
+    tensor = parallel.tensor if parallel is not None else 1
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor)
+    try:
         yield Groups(
             rank=dist.get_rank(),
-            world_size=dist.get_world_size(),
+            world_size=size,
             data_rank=parallel_state.get_data_parallel_rank(),
             data_size=parallel_state.get_data_parallel_world_size(),
+            tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+            tensor_size=tensor,
             device=device,
         )
     finally:
         parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()

@@ -57,8 +57,8 @@ def launch(work: Callable[..., Result], arguments: tuple[Any, ...], processes: i
         world_size = int(os.environ["WORLD_SIZE"])
         if world_size != processes:
             raise UserError(
-                f"torchrun started {world_size} processes, but parallel.data={processes}: "
-                f"make them equal"
+                f"torchrun started {world_size} processes, but the recipe's parallel section "
+                f"makes {processes}: make them equal"
             )
         return work(*arguments)
     with (

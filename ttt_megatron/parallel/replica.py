@@ -14,11 +14,13 @@ from megatron.core.transformer.module import MegatronModule
 from torch import nn
 
 from ttt_megatron.config.schema import ModelConfig, ParallelConfig
+from ttt_megatron.model.slots import Slots
 from ttt_megatron.parallel.standins import megatron_scope
+from ttt_megatron.parallel.tensor_layers import tensor_parallel_slots
 
 
 class Replica(MegatronModule):
-    """One data-parallel copy of the learner; calls pass straight through to it."""
+    """A data-parallel copy of the learner, or this rank's part of one; calls go through to it."""
 
     def __init__(self, config: TransformerConfig, learner: nn.Module) -> None:
         super().__init__(config)
@@ -33,17 +35,35 @@ class Replica(MegatronModule):
         return self.learner(*args)
 
 
-def transformer_config(model: ModelConfig) -> TransformerConfig:
-    """What mcore's DDP and schedules want to know of the model."""
+def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:
+    """What mcore's layers, DDP and schedules want to know of the model."""
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         num_attention_heads=model.num_heads,
         num_query_groups=model.num_kv_heads or model.num_heads,
         ffn_hidden_size=model.ffn_hidden_size,
+        tensor_model_parallel_size=parallel.tensor,
+        sequence_parallel=parallel.sequence_parallel,
+        # A rank's gradient of these gains covers its own heads: finalize_model_grads sums them.
+        qk_layernorm=True,
+        # Layers are made on the CPU and left to the learner to fill.
+        use_cpu_initialization=True,
+        perform_initialization=False,
         # Hooks accumulate into main_grad; the fused path needs CUDA kernels of its own.
         gradient_accumulation_fusion=False,
     )
+
+
+def layer_slots(model: ModelConfig, parallel: ParallelConfig) -> Slots:
+    """The layers for this rank of a run whose process groups stand, on the CPU.
+
+    The model's vocabulary size must be known.
+    """
+    if parallel.tensor == 1:
+        return Slots()
+    assert model.vocab_size is not None
+    return tensor_parallel_slots(transformer_config(model, parallel), model.vocab_size)
 
 
 def replicate(
@@ -59,7 +79,7 @@ def replicate(
     over the data-parallel ranks. `bucket_size` (parameters a bucket; None is mcore's choice)
     matters only where communication overlaps computation.
     """
-    config = transformer_config(model)
+    config = transformer_config(model, parallel)
     replica = Replica(config, learner)
     ddp_config = DistributedDataParallelConfig(
         overlap_grad_reduce=parallel.overlap_grad_reduce,

@@ -30,6 +30,17 @@ class Cut:
         part = self.view(whole).chunk(size, dim=self.view_axis)[rank]
         return part.flatten(0, 1) if self.pieces > 1 else part
 
+    def blocks(self, part: Tensor, rank: int, size: int) -> list[tuple[int, Tensor]]:
+        """A rank's part as blocks of the whole parameter: each with its index along `axis`.
+
+        The whole parameter is `size` × `pieces` such blocks, one behind the other. The blocks
+        share the part's memory.
+        """
+        return [
+            (piece * size + rank, block)
+            for piece, block in enumerate(part.chunk(self.pieces, dim=self.axis))
+        ]
+
     def join(self, parts: list[Tensor]) -> Tensor:
         """The whole parameter from all ranks' parts."""
         whole = torch.cat([self.view(part) for part in parts], dim=self.view_axis)

@@ -13,6 +13,7 @@ from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
 )
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
@@ -31,6 +32,11 @@ def _leave_uninitialised(weight: Tensor) -> None:
     """The learner draws all parameters itself."""
 
 
+def _mark_cut(weight: Tensor, axis: int) -> None:
+    """What mcore tells cut weights by; it marks only those that it initialises."""
+    set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=axis, stride=1)
+
+
 class ColumnLinear(ColumnParallelLinear):
     """A linear whose outputs are cut; weight [out/R, in]."""
 
@@ -43,6 +49,7 @@ class ColumnLinear(ColumnParallelLinear):
             bias=False,
             gather_output=False,
         )
+        _mark_cut(self.weight, 0)
         self._sequence_parallel = config.sequence_parallel
 
     def forward(self, x: Operand) -> Operand:
@@ -71,6 +78,7 @@ class RowLinear(RowParallelLinear):
             input_is_parallel=True,
             skip_bias_add=True,
         )
+        _mark_cut(self.weight, 1)
         self._sequence_parallel = config.sequence_parallel
 
     def forward(self, x: Operand) -> Operand:
@@ -92,6 +100,7 @@ class VocabEmbedding(VocabParallelEmbedding):
 
     def __init__(self, vocab_size: int, width: int, *, config: TransformerConfig) -> None:
         super().__init__(vocab_size, width, init_method=_leave_uninitialised, config=config)
+        _mark_cut(self.weight, 0)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """[b, T] int64 → [b, T, H], all tokens."""

@@ -34,6 +34,8 @@ from ttt_megatron.training.checkpoint_folder import (
     write_info,
 )
 from ttt_megatron.training.optimizer import OuterOptimizer
+from ttt_megatron.training.sharding import joined, sharded
+from ttt_megatron.training.weights import refuse_other_parameters
 
 # mcore would start a process to hold the results of an asynchronous write. Writes here are
 # synchronous, and that process would outlive a killed run.
@@ -49,11 +51,11 @@ class RunParts:
     groups: Groups
 
 
-def _model_state(parts: RunParts) -> dict[str, ShardedTensor]:
-    """Every parameter, whole, replicated over the data-parallel ranks."""
-    replica = (0, 0, parts.groups.data_rank)
+def _model_state(parts: RunParts) -> dict[str, list[ShardedTensor]]:
+    """This rank's part of every parameter, replicated over the data-parallel ranks."""
+    groups = parts.groups
     return {
-        name: ShardedTensor.from_rank_offsets(f"{MODEL_KEY}.{name}", parameter, replica_id=replica)
+        name: sharded(f"{MODEL_KEY}.{name}", name, parameter, groups, groups.data_rank)
         for name, parameter in learner_of(parts.ddp).named_parameters()
     }
 
@@ -95,7 +97,7 @@ def save_checkpoint(
     settle_parameters(parts.ddp)
     state = {
         MODEL_KEY: _model_state(parts),
-        "optimizer": parts.optimizer.state_to_save(),
+        "optimizer": parts.optimizer.state_to_save(groups),
         "trainer": trainer_state,
         "random": groups.broadcast_object(_random_state() if groups.is_main else None),
     }
@@ -114,15 +116,25 @@ def save_checkpoint(
 def load_checkpoint(parts: RunParts, checkpoint: Path) -> dict[str, Any]:
     """Restores parameters, optimizer and random state in place; returns the trainer's state.
 
-    Collective; works at any data-parallel size.
+    Collective; works under any layout, whichever the checkpoint was saved under. Raises UserError
+    if the checkpoint's parameters are not this model's.
     """
+    learner = learner_of(parts.ddp)
+    refuse_other_parameters({n for n, _ in learner.named_parameters()}, checkpoint)
     wanted = {
         MODEL_KEY: _model_state(parts),
-        "optimizer": parts.optimizer.state_to_load(parts.groups.data_rank),
+        "optimizer": parts.optimizer.state_to_load(parts.groups),
     }
     with megatron_scope():
-        state = dist_checkpointing.load(wanted, str(checkpoint / STATE))
-    learner_of(parts.ddp).load_state_dict(state[MODEL_KEY], strict=False)
+        state = dist_checkpointing.load(
+            wanted,
+            str(checkpoint / STATE),
+            # It would demand that every moment be read whole on some rank, and ranks read theirs.
+            validate_access_integrity=False,
+        )
+    with torch.no_grad():
+        for name, parameter in learner.named_parameters():
+            parameter.copy_(joined(name, state[MODEL_KEY][name]))
     parts.optimizer.load_state_dict(state["optimizer"])
     _set_random_state(state["random"])
     trainer_state: dict[str, Any] = state["trainer"]

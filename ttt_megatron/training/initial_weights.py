@@ -11,9 +11,9 @@ import logging
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from ttt_megatron.errors import UserError
+from ttt_megatron.meta.learner import Learner
 from ttt_megatron.training.checkpoint_folder import resolve_checkpoint
 from ttt_megatron.training.weights import read_weights
 
@@ -24,8 +24,10 @@ _PRIME_POST_NORM = ".prime_post_norm."
 
 
 @torch.no_grad()
-def start_from(learner: nn.Module, source: Path | str) -> Path:
+def start_from(learner: Learner, source: Path | str) -> Path:
     """Copies the weights of a run or checkpoint into a fresh learner; returns the checkpoint.
+
+    A rank that holds a part of the model takes its part.
 
     Raises UserError naming the parameter that differs in shape, or that only one side has. Prime
     MLPs that the source lacks altogether are added as the module's docstring says.
@@ -33,21 +35,25 @@ def start_from(learner: nn.Module, source: Path | str) -> Path:
     checkpoint = resolve_checkpoint(Path(source))
     weights = read_weights(checkpoint)
     extends = not any(_PRIME in name for name in weights)
-    parameters = dict(learner.named_parameters())
+    parameters, slots = dict(learner.named_parameters()), learner.model.slots
     _check_names(set(parameters), set(weights), checkpoint, extends)
     for name, parameter in parameters.items():
         if name not in weights:
             if _PRIME_POST_NORM in name:
                 parameter.zero_()
             continue
-        if weights[name].shape != parameter.shape:
+        whole = slots.whole_shape(name, parameter.shape)
+        if weights[name].shape != whole:
             raise UserError(
                 f"training.init_from={checkpoint}: parameter {name} has the shape "
-                f"{tuple(weights[name].shape)} there and {tuple(parameter.shape)} in this model; "
+                f"{tuple(weights[name].shape)} there and {tuple(whole)} in this model; "
                 f"make the model sections equal"
             )
-        parameter.copy_(weights[name])
-    added = sum(parameters[name].numel() for name in parameters.keys() - weights.keys())
+        parameter.copy_(slots.take_part(name, weights[name]))
+    added = sum(
+        slots.whole_shape(name, parameters[name].shape).numel()
+        for name in parameters.keys() - weights.keys()
+    )
     logger.info(
         "weights from %s%s",
         checkpoint,

@@ -21,12 +21,15 @@ from megatron.core.optimizer.optimizer_config import ParamPredicate
 from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 
 from ttt_megatron.config.schema import OptimizerConfig
+from ttt_megatron.parallel.groups import Groups
 from ttt_megatron.parallel.replica import learner_of, parameter_dtype
 from ttt_megatron.parallel.standins import megatron_scope
 from ttt_megatron.training.optimizer_state import (
     AdamState,
+    Moments,
     NamedParameters,
     empty_moments,
+    joined_moments,
     sharded_moments,
 )
 from ttt_megatron.training.schedule import learning_rate
@@ -87,12 +90,12 @@ class OuterOptimizer:
         rate = learning_rate(self._config, step, self._total_steps)
         with self._scope():
             self._mcore.prepare_grads()
-            gradients = [p.grad for p in self._mcore.get_parameters() if p.grad is not None]
-            norm = self._global_norm(gradients)
+            norm = self._global_norm()
             if not math.isfinite(norm):
                 return Update(grad_norm=norm, learning_rate=rate, applied=False)
             clip = self._config.clip_grad
             if clip > 0 and norm >= clip:
+                gradients = [p.grad for p in self._mcore.get_parameters() if p.grad is not None]
                 torch._foreach_mul_(gradients, clip / norm)
             for group in self._mcore.param_groups:
                 group["lr"] = rate
@@ -101,32 +104,39 @@ class OuterOptimizer:
         self._updates += 1
         return Update(grad_norm=norm, learning_rate=rate, applied=True)
 
-    def _global_norm(self, gradients: list[torch.Tensor]) -> float:
-        """L2 norm over all ranks' shards, summed in float64."""
+    def _global_norm(self) -> float:
+        """L2 norm over all ranks' shards, each parameter once, summed in float64."""
         device = self._chunks[0].buffers[0].grad_data.device
         squares = torch.zeros((), dtype=torch.float64, device=device)
-        for gradient in gradients:
+        for gradient in self._mcore.get_main_grads_for_grad_norm():
             squares += torch.linalg.vector_norm(gradient, dtype=torch.float64) ** 2
-        # Every rank owns other shards, whichever optimizer instance reduces them.
-        dist.all_reduce(squares, group=self._chunks[0].dp_cp_group)
+        dist.all_reduce(squares)
         return math.sqrt(squares.item()) if squares.isfinite() else math.nan
 
     def _parameters(self) -> NamedParameters:
         return [pair for chunk in self._chunks for pair in learner_of(chunk).named_parameters()]
 
-    def state_to_save(self) -> dict[str, Any]:
+    def gathered_moments(self) -> Moments:
+        """Adam's moments in the shapes of this rank's parameters, on the CPU. Collective.
+
+        Each parameter's are on one of the data-parallel ranks.
+        """
+        return self._adam.gather(self._parameters())
+
+    def state_to_save(self, groups: Groups) -> dict[str, Any]:
         """Moments and update count for dist_checkpointing.save. Collective."""
-        moments = sharded_moments(self._adam.gather(self._parameters()), replica=0)
+        moments = sharded_moments(self.gathered_moments(), groups)
         # No key at all where there are none: plain values must be equal on all ranks.
         return {"updates": self._updates} | ({"moments": moments} if moments else {})
 
-    def state_to_load(self, replica: int) -> dict[str, Any]:
-        """Where dist_checkpointing.load puts them, on data-parallel rank `replica`."""
-        return {"moments": sharded_moments(empty_moments(self._parameters()), replica)}
+    def state_to_load(self, groups: Groups) -> dict[str, Any]:
+        """Where dist_checkpointing.load puts the moments of which this rank owns anything."""
+        owned = [pair for pair in self._parameters() if self._adam.owns(pair[1])]
+        return {"moments": sharded_moments(empty_moments(owned), groups, groups.data_rank)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes what dist_checkpointing loaded."""
-        self._adam.scatter(self._parameters(), state["moments"])
+        self._adam.scatter(self._parameters(), joined_moments(state.get("moments", {})))
         self._updates = int(state["updates"])
         self._adam.set_updates(self._updates)
 

@@ -1,8 +1,9 @@
 """Adam's moments in the parameters' own shapes, whatever shards and buckets hold them in memory.
 
 mcore's `fully_reshardable` state addresses its buckets without their padding by offsets that count
-it, keeps float32 only, and holds the parameters a second time. Here each rank lays its pieces into
-the full tensor instead, so a state fits any data-parallel size and bucket layout.
+it, keeps float32 only, and holds the parameters a second time. Here the data-parallel ranks lay
+their pieces into tensors of the parameters' shapes instead, so a state fits any layout of
+processes and buckets.
 """
 
 from collections.abc import Iterator
@@ -14,9 +15,13 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import nn
 
+from ttt_megatron.parallel.groups import Groups
+from ttt_megatron.training.sharding import joined, sharded
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 NamedParameters = list[tuple[str, nn.Parameter]]
 Moments = dict[str, dict[str, torch.Tensor]]
+ShardedMoments = dict[str, dict[str, list[ShardedTensor]]]
 
 
 class AdamState:
@@ -59,11 +64,18 @@ class AdamState:
                 shard = optimizer.optimizer.param_groups[group]["params"][position]
                 yield slice(owned.start, owned.end), optimizer.optimizer.state[shard]
 
+    def owns(self, parameter: nn.Parameter) -> bool:
+        """Whether this rank owns any of the parameter's moments."""
+        return any(True for _ in self._owned(parameter))
+
     def gather(self, parameters: NamedParameters) -> Moments:
-        """Every parameter's moments, whole, on the first rank; nothing elsewhere. Collective."""
-        first = dist.get_global_rank(self._group, 0)
+        """Moments in the parameters' shapes, on the CPU, each on one data-parallel rank in turn.
+
+        Collective.
+        """
         gathered: Moments = {}
-        for name, parameter in parameters:
+        for index, (name, parameter) in enumerate(parameters):
+            keeper = index % self._group.size()
             for moment in MOMENTS:
                 # Each element is one rank's value plus the others' zeros, so the sum is exact.
                 whole = torch.zeros(
@@ -71,34 +83,40 @@ class AdamState:
                 )
                 for owned, state in self._owned(parameter):
                     whole[owned] = state[moment]
-                dist.reduce(whole, dst=first, group=self._group)
-                if dist.get_rank() == first:
+                dist.reduce(whole, dst=dist.get_global_rank(self._group, keeper), group=self._group)
+                if self._group.rank() == keeper:
                     gathered.setdefault(name, {})[moment] = whole.view_as(parameter).cpu()
         return gathered
 
     def scatter(self, parameters: NamedParameters, moments: Moments) -> None:
-        """Takes from whole moments, present on every rank, the pieces this rank owns."""
+        """Takes the pieces this rank owns from moments in the parameters' shapes."""
         for name, parameter in parameters:
-            for moment in MOMENTS:
-                for owned, state in self._owned(parameter):
+            for owned, state in self._owned(parameter):
+                for moment in MOMENTS:
                     state[moment].copy_(moments[name][moment].flatten()[owned])
 
 
-def sharded_moments(moments: Moments, replica: int) -> dict[str, dict[str, ShardedTensor]]:
-    """mcore's description of whole moments, of which `replica` 0 is the one that is written."""
+def sharded_moments(moments: Moments, groups: Groups, replica: int = 0) -> ShardedMoments:
+    """mcore's description of moments in the shapes of this rank's parameters."""
     return {
         name: {
-            moment: ShardedTensor.from_rank_offsets(
-                f"optimizer.{moment}.{name}", tensor, replica_id=(0, 0, replica)
-            )
+            moment: sharded(f"optimizer.{moment}.{name}", name, tensor, groups, replica)
             for moment, tensor in pair.items()
         }
         for name, pair in moments.items()
     }
 
 
+def joined_moments(loaded: dict[str, dict[str, list[torch.Tensor]]]) -> Moments:
+    """Moments in the parameters' shapes from what was loaded by `sharded_moments`."""
+    return {
+        name: {moment: joined(name, blocks) for moment, blocks in pair.items()}
+        for name, pair in loaded.items()
+    }
+
+
 def empty_moments(parameters: NamedParameters) -> Moments:
-    """Room for whole moments, on the CPU."""
+    """Room for moments, on the CPU."""
     return {
         name: {moment: torch.empty_like(parameter, device="cpu") for moment in MOMENTS}
         for name, parameter in parameters

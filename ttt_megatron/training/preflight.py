@@ -22,7 +22,8 @@ def resolve_run(config: RunConfig) -> RunConfig:
     """The run with its vocabulary size taken from the data where the recipe leaves it open.
 
     Raises UserError for data that cannot be read, has no row of the sequence length or no
-    validation documents that are asked for, or needs a larger vocabulary than the model has.
+    validation documents that are asked for, or needs a larger vocabulary than the model has, and
+    for a vocabulary that does not divide among the tensor-parallel processes.
     """
     if not config.data.path:
         raise UserError("data.path is empty: give the folder that `ttt-megatron prepare` wrote")
@@ -32,15 +33,20 @@ def resolve_run(config: RunConfig) -> RunConfig:
     if config.training.eval_sequences:
         validation = open_dataset(data.path, "validation")
         validation_sequences(validation, data.sequence_length, config.training.eval_sequences)
-    vocabulary = config.model.vocab_size
-    if vocabulary is None:
-        return replace(config, model=replace(config.model, vocab_size=dataset.vocab_size))
+    vocabulary, parts = config.model.vocab_size or dataset.vocab_size, config.parallel.tensor
     if vocabulary < dataset.vocab_size:
         raise UserError(
             f"model.vocab_size={vocabulary} is less than the {dataset.vocab_size} tokens of "
             f"{data.path}: leave it null to take the data's"
         )
-    return config
+    if vocabulary % parts:
+        source = f"{data.path} gives" if config.model.vocab_size is None else "the recipe sets"
+        raise UserError(
+            f"parallel.tensor={parts} does not divide the model.vocab_size={vocabulary} that "
+            f"{source}: set model.vocab_size={-(-vocabulary // parts) * parts}, whose last rows "
+            f"no token uses"
+        )
+    return replace(config, model=replace(config.model, vocab_size=vocabulary))
 
 
 def check_start(config: RunConfig, *, fresh: bool) -> None:

@@ -18,7 +18,7 @@ from ttt_megatron.data.dataset import open_dataset
 from ttt_megatron.data.stream import TokenStream
 from ttt_megatron.errors import UserError
 from ttt_megatron.parallel.groups import Groups, process_groups
-from ttt_megatron.parallel.replica import replicate
+from ttt_megatron.parallel.replica import layer_slots, replicate
 from ttt_megatron.training.callbacks import build_callbacks
 from ttt_megatron.training.callbacks.metrics_log import METRICS_FILE
 from ttt_megatron.training.callbacks.tracking import TRACKING_FILE, tracking_uri
@@ -62,7 +62,7 @@ def run_training(config: RunConfig, fresh: bool = False) -> TrainingResult:
 
     Raises UserError if another process trains in the folder, or as the parts it is made of do.
     """
-    with process_groups(config.training.device) as groups:
+    with process_groups(config.training.device, config.parallel) as groups:
         output = Path(config.training.output)
         with _locked(output) if groups.is_main else nullcontext():
             trainer = build_trainer(config, groups, fresh)
@@ -78,7 +78,7 @@ def build_trainer(config: RunConfig, groups: Groups, fresh: bool = False) -> Tra
     if checkpoint is not None:
         refuse_changes(read_config(checkpoint), config, str(checkpoint))
     _seed(training.seed)
-    learner = build_learner(config)
+    learner = build_learner(config, layer_slots(config.model, config.parallel))
     if checkpoint is None and training.init_from is not None:
         start_from(learner, training.init_from)
     ddp = replicate(learner.to(groups.device), config.model, config.parallel)

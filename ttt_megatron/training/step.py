@@ -17,7 +17,7 @@ from ttt_megatron.parallel.standins import megatron_scope
 
 @dataclass(frozen=True, kw_only=True)
 class Measurements:
-    """Means over a step's sequences, all ranks'; None where there are no inner steps.
+    """Means over a step's sequences, all replicas'; None where there are no inner steps.
 
     Losses in nats a token; `clipped_share` of the inner steps; `drift` is ‖W_N − W_0‖/‖W_0‖.
     """
@@ -78,13 +78,13 @@ def _measure(output: LearnerOutput) -> dict[str, torch.Tensor]:
 def reduce_measurements(
     measured: Sequence[dict[str, torch.Tensor]], stop: bool, groups: Groups
 ) -> tuple[Measurements, bool]:
-    """Means over micro-batches and ranks, and whether any rank wants to stop. Collective.
+    """Means over micro-batches and replicas, and whether any rank wants to stop. Collective.
 
     One reduction carries both, so that all ranks see the same step as their last.
     """
     names = list(measured[0])
     rows = torch.stack([torch.stack([one[name] for name in names]) for one in measured])
     flag = torch.tensor([float(stop)], dtype=torch.float64, device=rows.device)
-    total = groups.sum(torch.cat([rows.mean(dim=0), flag])).tolist()
+    total = groups.sum_replicas(torch.cat([rows.mean(dim=0), flag])).tolist()
     means = {name: value / groups.data_size for name, value in zip(names, total[:-1], strict=True)}
     return Measurements(**means), total[-1] > 0

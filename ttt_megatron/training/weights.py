@@ -10,7 +10,9 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from ttt_megatron.config.schema import RunConfig
+from ttt_megatron.errors import UserError
 from ttt_megatron.meta.learner import Learner
+from ttt_megatron.model.slots import Slots
 from ttt_megatron.training.checkpoint_folder import (
     MODEL_KEY,
     STATE,
@@ -39,8 +41,23 @@ def read_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     return {key.removeprefix(_PREFIX): tensor for key, tensor in tensors.items()}
 
 
-def build_learner(config: RunConfig) -> Learner:
-    """A freshly initialised learner on the CPU, with the run's precision."""
+def refuse_other_parameters(names: set[str], checkpoint: Path) -> None:
+    """Raises UserError unless a checkpoint folder's parameters have these names, and only these."""
+    metadata = dcp.FileSystemReader(checkpoint / STATE).read_metadata().state_dict_metadata
+    stored = {key.removeprefix(_PREFIX) for key in metadata if key.startswith(_PREFIX)}
+    for verb, differing in (("lacks", names - stored), ("has an unknown", stored - names)):
+        if differing:
+            raise UserError(
+                f"checkpoint {checkpoint} {verb} parameter {min(differing)} ({len(differing)} in "
+                f"all): it was written by a version with another model, use that one"
+            )
+
+
+def build_learner(config: RunConfig, slots: Slots | None = None) -> Learner:
+    """A freshly initialised learner on the CPU, with the run's precision.
+
+    `slots` are the layers of a rank's part of it; None builds all of it.
+    """
     return Learner(
         config.model,
         config.inner,
@@ -48,16 +65,19 @@ def build_learner(config: RunConfig) -> Learner:
         compute_dtype=compute_dtype(config.training.precision),
         recompute_prefix=config.training.recompute_prefix,
         seed=config.training.seed,
+        slots=slots,
     )
 
 
 def load_learner(path: Path | str) -> tuple[Learner, RunConfig, CheckpointInfo]:
     """The model of a checkpoint folder, or of a run folder's newest complete checkpoint.
 
-    On the CPU, needing no process group. Raises UserError if there is no complete checkpoint.
+    On the CPU, whole, needing no process group, whatever layout trained it. Raises UserError if
+    there is no complete checkpoint, or its parameters are not those of its configuration's model.
     """
     checkpoint = resolve_checkpoint(Path(path))
     config = read_config(checkpoint)
     learner = build_learner(config)
-    learner.load_state_dict(read_weights(checkpoint), strict=False)
+    refuse_other_parameters({name for name, _ in learner.named_parameters()}, checkpoint)
+    learner.load_state_dict(read_weights(checkpoint))
     return learner, config, read_info(checkpoint)

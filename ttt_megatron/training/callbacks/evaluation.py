@@ -21,7 +21,7 @@ class ValidationLoss(Callback):
     """Mean loss over the starts of held-out documents, inner steps on and fully warmed.
 
     Every `training.eval_interval` steps and at the end, on `training.eval_sequences` documents of
-    at least a sequence's length, shared out among the ranks; all ranks take part. Off where the
+    at least a sequence's length, shared out among the replicas; all ranks take part. Off where the
     number of sequences is 0.
     """
 
@@ -63,7 +63,7 @@ class ValidationLoss(Callback):
             chunks = output.chunk_losses.double()
             losses = torch.stack([chunks.mean(dim=1), chunks[:, 0], chunks[:, -1]])
             sums += torch.cat([losses.sum(dim=1), losses.new_tensor([len(batch)])])
-        loss, first_chunk, last_chunk, total = groups.sum(sums).tolist()
+        loss, first_chunk, last_chunk, total = groups.sum_replicas(sums).tolist()
         trainer.report(
             {
                 "validation_loss": loss / total,

@@ -1,0 +1,127 @@
+"""Tensor parallelism, with and without sequence parallelism, against one process."""
+
+from dataclasses import replace
+
+import pytest
+from course import BATCH, INNER, LENGTH, MODEL, Course, Kind, traffic, train, worst
+
+from ttt_megatron.config import ParallelConfig
+from ttt_megatron.parallel.groups import process_groups
+from ttt_megatron.parallel.launcher import launch
+from ttt_megatron.parallel.traffic import Traffic
+
+BOUND = 1e-10
+GQA = {"num_kv_heads": 2, "tie_embeddings": False, "prime_ffn_hidden_size": 8}
+TENSOR = ParallelConfig(tensor=2)
+SEQUENCE = replace(TENSOR, sequence_parallel=True)
+ALL = {"memory_policy": "save_all"}
+TWO_LEVEL = {"two_level": True, "memory_policy": "save_activations"}
+OFF = {"mode": "off"}
+
+TRAINED = [
+    Kind(parallel=TENSOR),
+    Kind(parallel=SEQUENCE, micro=1),
+    Kind(parallel=TENSOR, model=GQA, inner=ALL),
+    Kind(parallel=SEQUENCE, model=GQA, inner=ALL, recompute_prefix=True),
+    Kind(parallel=SEQUENCE, inner=TWO_LEVEL),
+    Kind(parallel=SEQUENCE, inner={"mode": "first_order", "clip": 0.0}),
+    Kind(parallel=SEQUENCE, model={"num_suffix_layers": 0}, inner=OFF),
+]
+COUNTED = [
+    Kind(parallel=parallel, inner=inner)
+    for parallel in (TENSOR, SEQUENCE)
+    for inner in ({}, ALL, {"two_level": True}, OFF)
+]
+
+
+def several(kinds: list[Kind]) -> list[Course]:
+    """The courses of kinds whose layouts make the same process groups."""
+    with process_groups("cpu", kinds[0].parallel) as groups:
+        return [train(groups, kind) for kind in kinds]
+
+
+def _two_parts() -> tuple[list[Course], list[tuple[Traffic, Traffic]]]:
+    with process_groups("cpu", TENSOR) as groups:
+        courses = [train(groups, kind) for kind in TRAINED]
+        return courses, [traffic(kind) for kind in COUNTED]
+
+
+@pytest.fixture(scope="module")
+def two_parts() -> tuple[list[Course], list[tuple[Traffic, Traffic]]]:
+    """All that is asked of two processes, started once."""
+    return launch(_two_parts, (), 2)
+
+
+def _compare(kinds: list[Kind], together: list[Course]) -> None:
+    alone = several([replace(kind, parallel=ParallelConfig(), micro=BATCH) for kind in kinds])
+    for kind, one, course in zip(kinds, alone, together, strict=True):
+        # What replicas read of a batch is not put together; all else is there.
+        missing = {name.split("/")[0] for name in one.keys() - course.keys()}
+        assert missing <= ({"nll", "chunk losses", "fast"} if kind.parallel.data > 1 else set())
+        error, name = worst(course, one)
+        assert error < BOUND, (kind, name, error)
+
+
+def test_two_parts_compute_what_one_process_does(two_parts) -> None:
+    _compare(TRAINED, two_parts[0])
+
+
+@pytest.mark.parametrize("overlap", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_parts_of_several_replicas_too(overlap: bool) -> None:
+    layout = ParallelConfig(
+        tensor=2, data=2, overlap_grad_reduce=overlap, overlap_param_gather=overlap
+    )
+    sequence = replace(layout, sequence_parallel=True)
+    kinds = [Kind(parallel=layout, micro=1), Kind(parallel=sequence, model=GQA, micro=1)]
+    _compare(kinds, launch(several, (kinds,), 4))
+
+
+def _expected(kind: Kind) -> tuple[dict[str, int], dict[str, int]]:
+    """docs/parallelism.md, "What is sent": elements in the forward and in the backward pass."""
+    layers, suffix = MODEL["num_layers"], MODEL["num_suffix_layers"]
+    chunks = LENGTH // INNER["chunk_size"]
+    tokens = BATCH * LENGTH
+    whole = tokens * MODEL["hidden_size"]
+    chunk = whole // chunks
+    sequence = kind.parallel.sequence_parallel
+    if kind.inner == OFF:
+        inside = 2 * layers + suffix
+        entered = (inside + 1) * whole
+        if sequence:
+            return (
+                {
+                    "allreduce": whole + 3 * tokens,
+                    "allgather": entered,
+                    "reduce_scatter": inside * whole,
+                },
+                {"allgather": entered, "reduce_scatter": entered},
+            )
+        return {"allreduce": entered + 3 * tokens}, {"allreduce": entered}
+    before, inside = 2 * (layers - suffix) + 1, 3 * suffix - 1
+    steps, again = chunks - 1, 0
+    if kind.inner.get("two_level"):
+        again = steps - 1  # segments of one step, and only the last one's history was kept
+    small = 3 * tokens + steps * BATCH + BATCH + 1
+    small_back = steps * (5 * tokens // chunks + BATCH) + again * (3 * tokens // chunks + BATCH)
+    scattered = before * whole + (2 * steps + 1) * inside * chunk
+    scattered_back = before * whole + (steps * (4 * inside + 1) + inside + 1) * chunk
+    scattered_back += again * 2 * inside * chunk
+    if not sequence:
+        return (
+            {"allreduce": whole + scattered + small},
+            {"allreduce": scattered_back + small_back},
+        )
+    gathered = (before + 1) * whole + (steps * (2 * inside + 1) + inside + 1) * chunk
+    gathered_back = (before + 1) * whole + (steps * (4 * inside + 2) + inside + 1) * chunk
+    gathered_back += again * (2 * inside + 1) * chunk
+    return (
+        {"allreduce": whole + small, "allgather": gathered, "reduce_scatter": scattered},
+        {"allreduce": small_back, "allgather": gathered_back, "reduce_scatter": scattered_back},
+    )
+
+
+def test_what_is_sent_is_what_the_formula_says(two_parts) -> None:
+    for kind, (forward, backward) in zip(COUNTED, two_parts[1], strict=True):
+        expected = _expected(kind)
+        assert dict(forward.elements) == expected[0], kind
+        assert dict(backward.elements) == expected[1], kind
