@@ -1,0 +1,1 @@
+"""What a run will need: memory, FLOPs, transfers and time, from its configuration alone."""

@@ -1,0 +1,23 @@
+"""Cutting the model into pipeline stages: prefix blocks in front, the suffix whole at the end."""
+
+
+def cut_prefix(
+    blocks: int, parts: int, stages: int, block_cost: float, end_cost: float
+) -> list[int]:
+    """Prefix blocks of each part, in order; part i lies on stage i mod `stages`.
+
+    The last part also holds the suffix and the head, of cost `end_cost`. Every other part gets a
+    block at least; the rest go one by one to the stage with the least to do.
+    """
+    counts = [1] * (parts - 1) + [0]
+    load = [0.0] * stages
+    for part, count in enumerate(counts):
+        load[part % stages] += count * block_cost
+    load[(parts - 1) % stages] += end_cost
+    for _ in range(blocks - sum(counts)):
+        stage = min(range(stages), key=lambda s: load[s])
+        own = range(stage, parts, stages)
+        part = min(own, key=lambda p: (counts[p], p))
+        counts[part] += 1
+        load[stage] += block_cost
+    return counts
