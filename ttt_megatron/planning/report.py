@@ -98,6 +98,11 @@ def _estimate_json(plan: Plan, found: Estimate) -> dict[str, Any]:
     }
 
 
+def _short(value: float) -> str:
+    """Two decimals, or two digits of what is below one."""
+    return f"{value:,.2f}" if value >= 1 or value == 0 else f"{value:.2g}"
+
+
 def _days(plan: Plan, found: Estimate) -> float:
     return found.step_seconds * plan.config.training.steps / SECONDS_A_DAY
 
@@ -112,7 +117,7 @@ def _layouts(plan: Plan, named: list[tuple[str, Estimate]]) -> TextTable:
                 str(found.layout),
                 found.layout.choices,
                 found.schedule,
-                f"{memory:.1f}{'' if found.fits else ' !'}",
+                f"{_short(memory)}{'' if found.fits else ' !'}",
                 f"{found.chosen.bubble:.2f}",
                 f"{found.step_seconds:.3g}",
                 f"{found.tokens_per_second:,.0f}",
@@ -128,19 +133,19 @@ def _memory(plan: Plan, named: list[tuple[str, Estimate]]) -> TextTable:
     for kind in KINDS:
         values = [found.chosen.memory[kind] / GIB for _, found in named]
         if any(values):
-            rows.append([kind, *(f"{value:.2f}" for value in values)])
-    rows.append(["total", *(f"{found.chosen.memory_bytes / GIB:.2f}" for _, found in named)])
+            rows.append([kind, *map(_short, values)])
+    rows.append(["total", *(_short(found.chosen.memory_bytes / GIB) for _, found in named)])
     usable = plan.hardware.memory_bytes / GIB
     return TextTable(f"memory of the fullest GPU, GiB of {usable:.1f}", rows)
 
 
 def _step(named: list[tuple[str, Estimate]]) -> TextTable:
     rows = [["", *(name for name, _ in named)]]
-    rows.append(["TFLOP", *(f"{found.flops / 1e12:,.1f}" for _, found in named)])
+    rows.append(["TFLOP", *(_short(found.flops / 1e12) for _, found in named)])
     for kind in named[0][1].transfers:
         values = [found.transfers[kind] / 1e9 for _, found in named]
         if any(values):
-            rows.append([f"GB sent, {kind}", *(f"{value:.2f}" for value in values)])
+            rows.append([f"GB sent, {kind}", *map(_short, values)])
     for part in named[0][1].parts:
         rows.append([f"s, {part}", *(f"{found.parts[part]:.3g}" for _, found in named)])
     return TextTable("a step of the busiest GPU", rows)
