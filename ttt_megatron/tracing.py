@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -65,7 +66,7 @@ def until_backward_ends(name: str) -> None:
     trace = _current
     if trace is not None:
         start = time.time_ns()
-        engine = torch.autograd.Variable._execution_engine  # type: ignore[attr-defined]
+        engine: Any = vars(torch.autograd.Variable)["_execution_engine"]
         engine.queue_callback(lambda: trace.add(name, start, time.time_ns()))
 
 

@@ -102,48 +102,87 @@ class Learner(nn.Module):
         also steps after the last chunk, `logits_of` names chunks whose logits are returned; both
         are for evaluation.
         """
-        rate = self.inner.lr if inner_lr is None else inner_lr
-        training = torch.is_grad_enabled()
+        entered = self.run_prefix(tokens, part, inner_steps=inner_steps)
+        return self.run_suffix(
+            entered,
+            targets,
+            mask,
+            inner_lr,
+            part,
+            inner_steps=inner_steps,
+            final_step=final_step,
+            logits_of=logits_of,
+        )
+
+    def takes_steps(self, inner_steps: bool | None = None) -> bool:
+        """Whether a pass that begins now takes inner steps; None as in `forward`."""
         if inner_steps is None:
+            training = torch.is_grad_enabled()
             stepping = ("meta", "first_order") if training else ("meta", "first_order", "naive")
             inner_steps = self.inner.mode in stepping
-        weights = chunk_token_weights(mask, self.inner.chunk_size)
-        weights = weights.to(torch.promote_types(self.compute_dtype, torch.float32))
-        if not inner_steps or self.model.config.num_suffix_layers == 0:
-            return self._plain(tokens, targets, weights, logits_of, part)
+        return inner_steps and self.model.config.num_suffix_layers > 0
+
+    def run_prefix(
+        self, tokens: Tensor, part: Part = WHOLE, *, inner_steps: bool | None = None
+    ) -> Tensor:
+        """The first half of `forward`, up to where inner steps matter: [b, T, H].
+
+        Without inner steps that is up to the output head.
+        """
+        if not self.takes_steps(inner_steps):
+            return self.model.hidden_states(tokens, self.compute_dtype, self.recompute_prefix, part)
         with span("prefix forward"):
             x = self.model.embed(tokens, self.compute_dtype)
-            rotation = self.model.rotations(part.start, targets.shape[1], x)
+            rotation = self.model.rotations(part.start, tokens.shape[1], x)
             x = self.model.prefix_blocks(x, rotation, self.recompute_prefix, part)
-            x = self.model.enter_suffix(x, rotation, part)
+            return self.model.enter_suffix(x, rotation, part)
+
+    def run_suffix(
+        self,
+        entered: Tensor,
+        targets: Tensor,
+        mask: Tensor,
+        inner_lr: float | None = None,
+        part: Part = WHOLE,
+        *,
+        inner_steps: bool | None = None,
+        final_step: bool = False,
+        logits_of: tuple[int, ...] = (),
+    ) -> LearnerOutput:
+        """The second half of `forward`, from what `run_prefix` returned."""
+        weights = chunk_token_weights(mask, self.inner.chunk_size)
+        weights = weights.to(torch.promote_types(self.compute_dtype, torch.float32))
+        if not self.takes_steps(inner_steps):
+            return self._plain(entered, targets, weights, logits_of, part)
+        length = targets.shape[1]
+        rate = self.inner.lr if inner_lr is None else inner_lr
         problem = Problem(
             model=self.model,
-            settings=self.settings(rate, tokens.shape[1]),
+            settings=self.settings(rate, length),
             targets=targets,
             token_weights=weights,
-            rotation=rotation,
+            rotation=self.model.rotations(part.start, length, entered),
             part=part,
         )
-        if training:
-            loss, run = meta_loss(problem, x)
+        if torch.is_grad_enabled():
+            loss, run = meta_loss(problem, entered)
             return self._stepped(problem, loss, run.report, run.state.fast)
-        report, fast = read_sequence(problem, x, final_step=final_step, logits_of=logits_of)
+        report, fast = read_sequence(problem, entered, final_step=final_step, logits_of=logits_of)
         loss = (report.token_nll * weights).sum() * problem.chunk_weight
         return self._stepped(problem, loss, report, fast)
 
     def _plain(
         self,
-        tokens: Tensor,
+        hidden: Tensor,
         targets: Tensor,
         weights: Tensor,
         logits_of: tuple[int, ...],
         part: Part,
     ) -> LearnerOutput:
-        hidden = self.model.hidden_states(tokens, self.compute_dtype, self.recompute_prefix, part)
         size = self.inner.chunk_size
-        num_chunks = -(-part.whole_length(tokens.shape[1]) // size)
+        num_chunks = -(-part.whole_length(targets.shape[1]) // size)
         entered = self.model.slots.head.enter(hidden)
-        share = weights / (num_chunks * tokens.shape[0])
+        share = weights / (num_chunks * targets.shape[0])
         loss, nll = self.model.loss(entered, targets, share)
         return LearnerOutput(
             loss=loss,

@@ -98,7 +98,11 @@ class _KeepAdjoint(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, adjoint: Tensor) -> tuple[Tensor, None, None]:
-        ctx.entry.adjoints[ctx.index] = adjoint.detach()
+        kept = adjoint.detach()
+        # A view, as of a chunk's own keys among the cached ones, would keep all it looks into.
+        if kept.untyped_storage().nbytes() > kept.nbytes:
+            kept = kept.clone(memory_format=torch.contiguous_format)
+        ctx.entry.adjoints[ctx.index] = kept
         return adjoint, None, None
 
 
