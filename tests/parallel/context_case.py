@@ -9,9 +9,10 @@ from torch import Tensor
 
 from ttt_megatron.config.schema import InnerConfig, ModelConfig
 from ttt_megatron.meta.learner import Learner, LearnerOutput
-from ttt_megatron.parallel.context import context_part, own_part
+from ttt_megatron.parallel.context import context_parts, own_tokens
 from ttt_megatron.parallel.context_links import ContextLinks, context_links
 from ttt_megatron.parallel.context_schedule import one_forward_one_backward
+from ttt_megatron.parallel.context_tasks import PartPasses, zigzag_order
 
 VOCABULARY = 19
 MODEL = {
@@ -75,33 +76,67 @@ def whole(case: Case) -> Result:
         (output.loss / case.micro_batches).backward()
     with torch.no_grad():
         read = [learner(*data) for data in case.data()]
-    return _measured(outputs) | _gradients(learner) | _read(read, learner)
+    return _measured(outputs) | _gradients(learner) | _read(read)
 
 
 def in_parts(case: Case, links: ContextLinks) -> Result:
     """What the links' ranks compute together, put together on every rank."""
     learner = case.build()
-    data = [tuple(own_part(x, links) for x in one) for one in case.data()]
-    part = context_part(links, case.length // links.size, case.model_config.window_size)
+    parts = context_parts(links, case.length // links.num_parts, case.model_config.window_size)
+    by_part = dict(zip(links.own_parts, parts, strict=True))
+    whole_batches = case.data()
+
+    def batch(index: int, part: int) -> Data:
+        tokens, targets, mask = (own_tokens(x, links) for x in whole_batches[index])
+        place = links.own_parts.index(part)
+        return tokens[place], targets[place], mask[place]
+
+    run = _in_zigzag if links.zigzag else _in_plain_order
+    outputs = run(case, links, learner, by_part, batch)
+    found = _gradients(learner)
+    if links.rank > 0 and case.inner.get("mode") != "off":
+        assert all(not found[name].any() for name in found if ".prime_mlp." in name)
+    measured = {part: _measured(of_part) for part, of_part in outputs.items()}
+    for part, own in by_part.items():
+        if not links.zigzag:
+            with torch.no_grad():
+                read = [learner(*batch(i, part), None, own) for i in range(case.micro_batches)]
+            measured[part] |= _read(read)
+    links.settle()
+    for gradient in found.values():
+        dist.all_reduce(gradient)
+    return _put_together(measured) | found
+
+
+def _in_plain_order(case, links, learner, parts, batch) -> dict[int, list[LearnerOutput]]:
+    [(part, own)] = parts.items()
     outputs: list[LearnerOutput] = []
 
     def forward(index: int) -> Tensor:
-        outputs.append(learner(*data[index], None, part))
+        outputs.append(learner(*batch(index, part), None, own))
         return outputs[-1].loss
 
     def backward(index: int, loss: Tensor) -> None:
         (loss / case.micro_batches).backward()
 
     one_forward_one_backward(case.micro_batches, links, forward, backward)
-    found = _gradients(learner)
-    if links.rank > 0 and case.build().inner.mode != "off":
-        assert all(not found[name].any() for name in found if ".prime_mlp." in name)
-    with torch.no_grad():
-        read = [learner(*one, None, part) for one in data]
-    links.settle()
-    for gradient in found.values():
-        dist.all_reduce(gradient)
-    return _put_together(_measured(outputs)) | found | _read(read, learner, links)
+    return {part: outputs}
+
+
+def _in_zigzag(case, links, learner, parts, batch) -> dict[int, list[LearnerOutput]]:
+    passes = PartPasses(
+        learner=learner,
+        parts=parts,
+        batch=batch,
+        inner_lr=None,
+        scale=1 / case.micro_batches,
+        measure=lambda output: output,
+    )
+    passes.run(zigzag_order(case.micro_batches, links.size, links.rank), links)
+    return {
+        part: [passes.measured[index, part] for index in range(case.micro_batches)]
+        for part in parts
+    }
 
 
 def _gradients(learner: Learner) -> Result:
@@ -114,61 +149,59 @@ def _gradients(learner: Learner) -> Result:
 
 def _measured(outputs: list[LearnerOutput]) -> Result:
     found = {"loss": torch.stack([output.loss.detach() for output in outputs])}
-    for name in ("chunk_losses", "token_nll", "inner_grad_norms"):
+    for name in ("chunk_losses", "token_nll", "inner_grad_norms", "drift"):
         values = [getattr(output, name) for output in outputs]
         if values[0] is not None:
             found[name] = torch.stack(values)
     return found
 
 
-def _read(
-    outputs: list[LearnerOutput], learner: Learner, links: ContextLinks | None = None
-) -> Result:
-    """The fast weights at the end of the sequences, read without an outer gradient; the losses."""
+def _read(outputs: list[LearnerOutput]) -> Result:
+    """Losses read without an outer gradient, and the fast weights at the end."""
     found = {"nll read": torch.stack([output.token_nll for output in outputs])}
-    if links is not None:
-        found = _put_together(found)
     for index in range(len(outputs[0].fast_weights or [])):
         values = [output.fast_weights[index] for output in outputs]
-        found[f"fast weight {index}"] = _of_last_rank(torch.stack(values), links)
-    if outputs[0].drift is not None:
-        found["drift"] = _of_last_rank(torch.stack([o.drift for o in outputs]), links)
+        found[f"fast weight {index}"] = torch.stack(values)
     return found
 
 
-def _of_last_rank(x: Tensor, links: ContextLinks | None) -> Tensor:
-    if links is not None:
-        dist.broadcast(x, src=links.size - 1)
-    return x
-
-
-def _put_together(own: Result) -> Result:
-    """Losses summed over the ranks, everything else concatenated along its last axis."""
-    gathered: list[Result] = [{} for _ in range(dist.get_world_size())]
+def _put_together(own: dict[int, Result]) -> Result:
+    """Of all parts: losses summed, what holds at the end from the last, the rest joined."""
+    gathered: list[dict[int, Result]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(gathered, own)
-    return {
-        name: sum(one[name] for one in gathered)
-        if name == "loss"
-        else torch.cat([one[name] for one in gathered if name in one], dim=-1)
-        for name in gathered[0]
-    }
+    by_part = {part: result for one in gathered for part, result in one.items()}
+    results = [by_part[part] for part in sorted(by_part)]
+    together = {}
+    for name in results[0]:
+        values = [result[name] for result in results if name in result]
+        if name == "loss":
+            together[name] = torch.stack(values).sum(0)
+        elif name == "drift" or name.startswith("fast weight"):
+            together[name] = values[-1]
+        else:
+            together[name] = torch.cat(values, dim=-1)
+    return together
 
 
-def run_in_parts(cases: dict[str, Case]) -> dict[str, Result]:
+def run_in_parts(cases: dict[str, Case], zigzag: dict[str, Case]) -> dict[str, dict[str, Result]]:
     """Every case, on all processes of the world: what `launch` starts."""
     dist.init_process_group("gloo")
     try:
         assert dist.group.WORLD is not None
-        links = context_links(dist.group.WORLD)
-        return {name: in_parts(case, links) for name, case in cases.items()}
+        plain = context_links(dist.group.WORLD)
+        turning = context_links(dist.group.WORLD, zigzag=True)
+        return {
+            "plain": {name: in_parts(case, plain) for name, case in cases.items()},
+            "zigzag": {name: in_parts(case, turning) for name, case in zigzag.items()},
+        }
     finally:
         dist.destroy_process_group()
 
 
 def worst_error(actual: Result, expected: Result) -> tuple[float, str]:
-    """Largest difference of any array relative to its largest entry, and the array's name."""
-    assert actual.keys() == expected.keys()
+    """Largest difference of any array found, relative to its largest entry; the array's name."""
+    assert {"loss", "token_nll"} < actual.keys() <= expected.keys()
     return max(
         (float((actual[n] - expected[n]).abs().max() / expected[n].abs().max().clamp_min(1e-12)), n)
-        for n in expected
+        for n in actual
     )

@@ -52,17 +52,42 @@ CASES = {
 }
 
 
+ZIGZAG = {
+    2: {
+        "one micro-batch": Case(),
+        "two micro-batches": Case(micro_batches=2),
+        "five micro-batches": Case(micro_batches=5),
+        "window over parts": Case(model={"window_size": 21}, micro_batches=3),
+        "full attention": Case(model={"window_size": None}, micro_batches=3),
+        "plain model": Case(inner={"mode": "off"}, micro_batches=3),
+        "two levels, recomputed prefix": Case(
+            inner={"two_level": True, "segment_chunks": 1},
+            learner={"recompute_prefix": True},
+            micro_batches=3,
+        ),
+    },
+    4: {
+        "one micro-batch": Case(),
+        "three micro-batches": Case(model={"window_size": 11}, micro_batches=3),
+        "full attention": Case(model={"window_size": None}, micro_batches=2),
+        "nine micro-batches": Case(inner={"memory_policy": "save_all"}, micro_batches=9),
+    },
+}
+ALL = {"plain": CASES, "zigzag": ZIGZAG}
+
+
 @pytest.fixture(scope="module")
 def found():
     """Results of all cases, one launch a number of ranks."""
-    return {size: launch(run_in_parts, (cases,), size) for size, cases in CASES.items()}
+    return {size: launch(run_in_parts, (CASES[size], ZIGZAG[size]), size) for size in CASES}
 
 
 @pytest.mark.parametrize(
-    ("size", "name"), [(size, name) for size, cases in CASES.items() for name in cases]
+    ("order", "size", "name"),
+    [(order, size, name) for order in ALL for size in ALL[order] for name in ALL[order][size]],
 )
-def test_parts_together_equal_the_whole(found, size, name):
-    error, where = worst_error(found[size][name], whole(CASES[size][name]))
+def test_parts_together_equal_the_whole(found, order, size, name):
+    error, where = worst_error(found[size][order][name], whole(ALL[order][size][name]))
     assert error < 1e-10, where
 
 

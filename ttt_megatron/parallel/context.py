@@ -1,4 +1,4 @@
-"""Context parallelism: each rank holds a contiguous part of every sequence.
+"""Context parallelism: each rank holds a contiguous part of every sequence, or two.
 
 In the prefix a part's queries look at keys of the parts before it, the *halo*. In the suffix the
 fast weights and the last keys and values are relayed from part to part.
@@ -12,86 +12,97 @@ from torch import Tensor
 from ttt_megatron.errors import UserError
 from ttt_megatron.meta.part import WHOLE, Boundary, Part
 from ttt_megatron.model.attention import KV, FindPast
-from ttt_megatron.parallel.context_links import ContextLinks
+from ttt_megatron.parallel.context_links import ContextLinks, Direction
 
 
-def part_length(sequence_length: int, chunk_size: int, size: int) -> int:
-    """Tokens of one part of `size`.
+def part_length(sequence_length: int, chunk_size: int, num_parts: int) -> int:
+    """Tokens of one part of `num_parts`.
 
     Raises UserError unless all parts are equally many whole chunks.
     """
-    if size > 1 and sequence_length % (size * chunk_size):
+    if num_parts > 1 and sequence_length % (num_parts * chunk_size):
         raise UserError(
-            f"parallel.context={size} cannot cut data.sequence_length={sequence_length} into equal "
-            f"parts of whole chunks: make it a multiple of {size} * inner.chunk_size={chunk_size}"
+            f"parallel.context cannot cut data.sequence_length={sequence_length} into {num_parts} "
+            f"equal parts of whole chunks: make it a multiple of {num_parts} * "
+            f"inner.chunk_size={chunk_size}"
         )
-    return sequence_length // size
+    return sequence_length // num_parts
 
 
-def own_part(x: Tensor, links: ContextLinks) -> Tensor:
-    """This rank's tokens of [b, T]: [b, T/size]."""
-    return x.chunk(links.size, dim=1)[links.rank]
+def own_tokens(x: Tensor, links: ContextLinks) -> list[Tensor]:
+    """This rank's parts of [b, T]: [b, T/number of parts] each."""
+    parts = x.chunk(links.num_parts, dim=1)
+    return [parts[index] for index in links.own_parts]
 
 
-def context_part(links: ContextLinks | None, length: int, window: int | None) -> Part:
-    """This rank's part, of `length` tokens, of sequences whose queries see `window` keys."""
-    if links is None or links.size == 1:
-        return WHOLE
-    return ContextPart(links, length, window)
+def context_parts(links: ContextLinks | None, length: int, window: int | None) -> list[Part]:
+    """This rank's parts, of `length` tokens, of sequences whose queries see `window` keys."""
+    if links is None or links.num_parts == 1:
+        return [WHOLE]
+    return [ContextPart(links, index, length, window) for index in links.own_parts]
 
 
 class ContextPart(Part):
-    """Part r of R: the tokens from r·length on, length many.
+    """Part p: the tokens from p·length on, length many.
 
-    Good for any number of batches, if all ranks run the same passes in the same order.
+    Good for any number of batches, if all ranks take the batches of a part in the same order.
     """
 
-    def __init__(self, links: ContextLinks, length: int, window: int | None) -> None:
-        self.start = links.rank * length
+    def __init__(self, links: ContextLinks, index: int, length: int, window: int | None) -> None:
+        self.index = index
+        self.start = index * length
         self.length = length
-        self.is_first = links.rank == 0
-        self.is_last = links.rank == links.size - 1
+        self.is_first = index == 0
+        self.is_last = index == links.num_parts - 1
         self._links = links
         self._window = window
 
     def whole_length(self, length: int) -> int:
         """Tokens of the whole sequences."""
-        return self._links.size * length
+        return self._links.num_parts * length
 
     def find_past(self) -> FindPast:
         """The halo of one attention layer in one pass."""
-        rank, size = self._links.rank, self._links.size
-        distances = range(1, size)
+        distances = range(1, self._links.num_parts)
         seen = {d: visible_entries(d, self.length, self._window) for d in distances}
+        last = self._links.num_parts - 1
         return _Halo(
             self._links,
-            to_right=[(rank + d, seen[d]) for d in distances if rank + d < size and seen[d]],
-            to_left=[(rank - d, seen[d]) for d in distances if rank - d >= 0 and seen[d]],
+            self.index,
+            later=[(self.index + d, n) for d, n in seen.items() if n and self.index + d <= last],
+            earlier=[(self.index - d, n) for d, n in seen.items() if n and self.index >= d],
         )
 
     def receive_state(self, state: Boundary) -> None:
-        """From the left; blocks."""
+        """From the part before; blocks."""
         if not self.is_first:
-            for tensor in state.tensors:
-                self._links.forward.receive(tensor, self._links.rank - 1, "state")
+            self._receive(state, "forward", self.index - 1)
 
     def send_state(self, state: Boundary) -> None:
-        """To the right."""
+        """To the part behind."""
         if not self.is_last:
-            for tensor in state.tensors:
-                self._links.forward.send(_copy(tensor), self._links.rank + 1, "state")
+            self._send(state, "forward", self.index + 1)
 
     def receive_cotangent(self, cotangent: Boundary) -> None:
-        """From the right; blocks."""
+        """From the part behind; blocks."""
         if not self.is_last:
-            for tensor in cotangent.tensors:
-                self._links.backward.receive(tensor, self._links.rank + 1, "state")
+            self._receive(cotangent, "backward", self.index + 1)
 
     def send_cotangent(self, cotangent: Boundary) -> None:
-        """To the left."""
+        """To the part before."""
         if not self.is_first:
-            for tensor in cotangent.tensors:
-                self._links.backward.send(_copy(tensor), self._links.rank - 1, "state")
+            self._send(cotangent, "backward", self.index - 1)
+
+    def _send(self, boundary: Boundary, direction: Direction, other: int) -> None:
+        channel = self._links.channel(direction, "state", self.index, other)
+        for tensor in boundary.tensors:
+            copy = tensor.detach().clone(memory_format=torch.contiguous_format)
+            channel.send(copy, self._links.owner(other), "state")
+
+    def _receive(self, boundary: Boundary, direction: Direction, other: int) -> None:
+        channel = self._links.channel(direction, "state", self.index, other)
+        for tensor in boundary.tensors:
+            channel.receive(tensor, self._links.owner(other), "state")
 
 
 def visible_entries(distance: int, length: int, window: int | None) -> int:
@@ -101,23 +112,24 @@ def visible_entries(distance: int, length: int, window: int | None) -> int:
     return max(0, min(length, window - 1 - (distance - 1) * length))
 
 
-def _copy(x: Tensor) -> Tensor:
-    return x.detach().clone(memory_format=torch.contiguous_format)
-
-
 class _Halo:
     """The exchange of one attention layer in one pass.
 
-    to_right and to_left name the ranks that take part, nearest first, and how many of the left
-    one's last tokens the right one sees.
+    later and earlier name the parts that take part, nearest first, and how many of the earlier
+    one's last tokens the later one sees.
     """
 
     def __init__(
-        self, links: ContextLinks, to_right: list[tuple[int, int]], to_left: list[tuple[int, int]]
+        self,
+        links: ContextLinks,
+        index: int,
+        later: list[tuple[int, int]],
+        earlier: list[tuple[int, int]],
     ) -> None:
         self._links = links
-        self._to_right = to_right
-        self._to_left = to_left
+        self._index = index
+        self._later = later
+        self._earlier = earlier
         self._past: KV | None = None
         self._exchanged = False
 
@@ -126,7 +138,7 @@ class _Halo:
         return KV(k, v), None if past_k is None else KV(past_k, past_v)
 
     def exchange(self, k: Tensor, v: Tensor) -> KV | None:
-        """Send the last keys and values to the right; receive those from the left.
+        """Send the last keys and values to later parts; receive those of earlier ones.
 
         The second time, as a recomputed forward pass asks for it, nothing is sent: a neighbour
         would have to stop its own backward pass for this one.
@@ -134,14 +146,9 @@ class _Halo:
         if self._exchanged:
             return self._past
         self._exchanged = True
-        channel = self._links.forward
-        for peer, entries in self._to_right:
-            channel.send(torch.stack((k[:, -entries:], v[:, -entries:])), peer, "halo")
-        received = []
-        for peer, entries in self._to_left:
-            buffer = k.new_empty(2, k.shape[0], entries, *k.shape[2:])
-            channel.receive(buffer, peer, "halo")
-            received.append(buffer)
+        for part, entries in self._later:
+            self._send("forward", part, torch.stack((k[:, -entries:], v[:, -entries:])))
+        received = [self._receive("forward", part, k, entries) for part, entries in self._earlier]
         if received:
             self._past = KV(*torch.cat(received[::-1], dim=2).unbind(0))
         return self._past
@@ -149,22 +156,30 @@ class _Halo:
     def exchange_gradients(
         self, dk: Tensor, dv: Tensor, d_past: KV | None
     ) -> tuple[Tensor, Tensor]:
-        """Send the past's gradients back to the left; add those from the right to dk and dv."""
-        channel = self._links.backward
+        """Send the past's gradients back; add those from later parts to dk and dv."""
         if d_past is not None:
             stop = d_past.k.shape[1]
-            for peer, entries in self._to_left:
+            for part, entries in self._earlier:
                 rows = slice(stop - entries, stop)
-                channel.send(torch.stack([d[:, rows] for d in d_past]), peer, "halo")
+                self._send("backward", part, torch.stack([d[:, rows] for d in d_past]))
                 stop -= entries
-        if self._to_right:
+        if self._later:
             dk, dv = dk.clone(), dv.clone()
-        for peer, entries in self._to_right:
-            buffer = dk.new_empty(2, dk.shape[0], entries, *dk.shape[2:])
-            channel.receive(buffer, peer, "halo")
-            dk[:, -entries:] += buffer[0]
-            dv[:, -entries:] += buffer[1]
+        for part, entries in self._later:
+            d_own = self._receive("backward", part, dk, entries)
+            dk[:, -entries:] += d_own[0]
+            dv[:, -entries:] += d_own[1]
         return dk, dv
+
+    def _send(self, direction: Direction, part: int, message: Tensor) -> None:
+        channel = self._links.channel(direction, "halo", self._index, part)
+        channel.send(message, self._links.owner(part), "halo")
+
+    def _receive(self, direction: Direction, part: int, like: Tensor, entries: int) -> Tensor:
+        message = like.new_empty(2, like.shape[0], entries, *like.shape[2:])
+        channel = self._links.channel(direction, "halo", self._index, part)
+        channel.receive(message, self._links.owner(part), "halo")
+        return message
 
 
 class _Exchange(torch.autograd.Function):

@@ -1,9 +1,10 @@
 """Messages between the ranks that hold the parts of the same sequences.
 
-What one part needs of another always goes to the right in a forward pass and to the left in a
-backward pass. Each direction has a process group of its own: in one group, whose messages are
-taken in order, a forward pass on one rank and a backward pass on its neighbour would wait for
-each other for ever.
+What one part needs of another always comes from an earlier part in a forward pass and from a
+later one in a backward pass. Each direction has a process group of its own: in one group, whose
+messages are taken in order, a forward pass on one rank and a backward pass on its neighbour would
+wait for each other for ever. For the same reason, where a rank holds two parts whose passes it
+takes in an order of its own, every kind of message between either has a group of its own.
 """
 
 import time
@@ -19,12 +20,13 @@ from torch.distributed import ProcessGroup, Work
 
 from ttt_megatron.tracing import span
 
+Direction = Literal["forward", "backward"]
 Kind = Literal["halo", "state"]
 """Keys and values in the prefix, or the inner loop's state; or the cotangents of either."""
 
 
 class Channel:
-    """Messages in one direction, which arrive in the order they are sent.
+    """Messages of a kind, which arrive in the order they are sent.
 
     Sending never waits: one rank would wait in a forward pass for its neighbour in a backward
     pass, and the other way round. `bytes_sent` counts by kind; `seconds_waited` is the time the
@@ -33,6 +35,8 @@ class Channel:
 
     def __init__(self, group: ProcessGroup) -> None:
         self._group = group
+        self._rank = group.rank()
+        self._to_itself: deque[Tensor] = deque()
         self._under_way: deque[tuple[Work, Tensor]] = deque()
         self.bytes_sent: Counter[Kind] = Counter()
         self.seconds_waited = 0.0
@@ -40,6 +44,9 @@ class Channel:
     def send(self, message: Tensor, peer: int, kind: Kind) -> None:
         """Send a contiguous tensor, not to be changed any more, to a rank of the group."""
         if message.numel() == 0:
+            return
+        if peer == self._rank:
+            self._to_itself.append(message)
             return
         work = dist.isend(message, group=self._group, group_dst=peer)
         assert work is not None
@@ -52,6 +59,9 @@ class Channel:
     def receive(self, into: Tensor, peer: int, kind: Kind) -> None:
         """Fill a tensor with the next message of a rank of the group."""
         if into.numel() == 0:
+            return
+        if peer == self._rank:
+            into.copy_(self._to_itself.popleft())
             return
         buffer = into if into.is_contiguous() else torch.empty_like(into).contiguous()
         start = time.perf_counter()
@@ -69,22 +79,56 @@ class Channel:
             self._under_way.popleft()[0].wait()
 
 
+Lane = tuple[Direction, Kind, bool, bool]
+"""Direction, kind, and whether the earlier and the later part are a rank's second."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ContextLinks:
-    """This rank's place, `rank` of `size`, among those that share its sequences."""
+    """This rank's place, `rank` of `size`, among those that share its sequences.
+
+    Sequences are in `size` parts, rank r holding part r; with `zigzag` in 2·size parts, rank r
+    holding parts r and 2·size − 1 − r.
+    """
 
     rank: int
     size: int
-    forward: Channel
-    backward: Channel
+    zigzag: bool
+    channels: dict[Lane, Channel]
+
+    @property
+    def num_parts(self) -> int:
+        """Parts of a sequence, on all ranks."""
+        return 2 * self.size if self.zigzag else self.size
+
+    @property
+    def own_parts(self) -> list[int]:
+        """This rank's parts, in order."""
+        return [part for part in range(self.num_parts) if self.owner(part) == self.rank]
+
+    def owner(self, part: int) -> int:
+        """The rank that holds a part."""
+        return part if part < self.size else 2 * self.size - 1 - part
+
+    def channel(self, direction: Direction, kind: Kind, part: int, other: int) -> Channel:
+        """The channel of such messages between two parts."""
+        earlier, later = sorted((part, other))
+        return self.channels[direction, kind, earlier >= self.size, later >= self.size]
+
+    def bytes_sent(self, direction: Direction, kind: Kind) -> int:
+        """Bytes this rank has sent to others."""
+        lanes = {id(c): c for lane, c in self.channels.items() if lane[0] == direction}
+        return sum(channel.bytes_sent[kind] for channel in lanes.values())
 
     def settle(self) -> None:
         """Wait until everything sent has arrived."""
-        self.forward.settle()
-        self.backward.settle()
+        for channel in self.channels.values():
+            channel.settle()
 
 
-def context_links(group: ProcessGroup, timeout: timedelta | None = None) -> ContextLinks:
+def context_links(
+    group: ProcessGroup, timeout: timedelta | None = None, *, zigzag: bool = False
+) -> ContextLinks:
     """Links within this rank's context-parallel group; `timeout` is that of a wait for a message.
 
     Collective over all ranks of the run.
@@ -92,11 +136,20 @@ def context_links(group: ProcessGroup, timeout: timedelta | None = None) -> Cont
     own = dist.get_process_group_ranks(group)
     found: list[list[int]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(found, own)
-    channels = []
+    channels: dict[Lane, Channel] = {}
     for ranks in sorted({tuple(ranks) for ranks in found}):
-        pair = [dist.new_group(list(ranks), timeout=timeout) for _ in range(2)]
-        if list(ranks) == own:
-            channels = [Channel(one) for one in pair]
-    return ContextLinks(
-        rank=group.rank(), size=group.size(), forward=channels[0], backward=channels[1]
-    )
+        for lanes in _lanes(zigzag):
+            made = dist.new_group(list(ranks), timeout=timeout)
+            if list(ranks) == own:
+                channels |= dict.fromkeys(lanes, Channel(made))
+    return ContextLinks(rank=group.rank(), size=group.size(), zigzag=zigzag, channels=channels)
+
+
+def _lanes(zigzag: bool) -> list[list[Lane]]:
+    """The lanes that share a channel."""
+    directions: tuple[Direction, ...] = ("forward", "backward")
+    kinds: tuple[Kind, ...] = ("halo", "state")
+    if not zigzag:
+        return [[(direction, kind, False, False) for kind in kinds] for direction in directions]
+    turns = [(False, False), (False, True), (True, True)]
+    return [[(d, kind, *turn)] for d in directions for kind in kinds for turn in turns]
