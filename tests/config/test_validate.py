@@ -90,6 +90,8 @@ def resolve(tmp_path):
         ["parallel.tensor=2", "model.ffn_hidden_size=1663"],
         ["parallel.tensor=2", "model.prime_ffn_hidden_size=5"],
         ["parallel.sequence_parallel=true"],
+        ["parallel.context=3"],
+        ["parallel.context=16"],
         ["parallel.tensor=2", "parallel.sequence_parallel=true", "inner.chunk_size=1"],
     ],
 )
@@ -126,6 +128,7 @@ def test_impossible_values_are_refused_by_name_and_value(resolve, overrides):
         ["parallel.overlap_param_gather=true", "parallel.overlap_grad_reduce=true"],
         ["parallel.tensor=2", "parallel.sequence_parallel=true"],
         ["parallel.tensor=2", "inner.chunk_size=1"],
+        ["parallel.context=8", "parallel.tensor=2"],
     ],
 )
 def test_values_at_the_edge_are_possible(resolve, overrides):

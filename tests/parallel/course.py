@@ -40,6 +40,7 @@ class Kind:
     inner: dict = field(default_factory=dict)
     micro: int = 2
     recompute_prefix: bool = False
+    length: int = LENGTH
 
 
 Course = dict[str, Tensor]
@@ -47,11 +48,11 @@ Course = dict[str, Tensor]
 scaled, and its square."""
 
 
-def batch(step: int, rank: int = 0, size: int = 1) -> Batch:
+def batch(step: int, rank: int = 0, size: int = 1, length: int = LENGTH) -> Batch:
     """A data-parallel rank's share of a step's batch, with an uneven mask."""
     generator = torch.Generator().manual_seed(step)
-    rows = torch.randint(0, 19, (BATCH, LENGTH + 1), generator=generator)
-    mask = torch.rand(BATCH, LENGTH, generator=generator) > 0.2
+    rows = torch.randint(0, 19, (BATCH, length + 1), generator=generator)
+    mask = torch.rand(BATCH, length, generator=generator) > 0.2
     share = slice(rank * BATCH // size, (rank + 1) * BATCH // size)
     places = torch.zeros(BATCH, 2, dtype=torch.int64)
     whole = (rows[:, :-1], rows[:, 1:], mask, torch.arange(BATCH), places)
@@ -74,10 +75,10 @@ def build(kind: Kind) -> Learner:
 def train(groups: Groups, kind: Kind) -> Course:
     """Evaluates, then takes three outer steps; everything whole, on every rank. Collective."""
     learner, course = build(kind), {}
-    own = batch(0, groups.data_rank, groups.data_size)
-    with torch.no_grad():
-        read = learner(own.tokens, own.targets, own.mask, final_step=True)
-    if groups.data_size == 1:
+    own = batch(0, groups.data_rank, groups.data_size, kind.length)
+    if groups.data_size == groups.context_size == 1:
+        with torch.no_grad():
+            read = learner(own.tokens, own.targets, own.mask, final_step=True)
         course |= {"nll": read.token_nll, "chunk losses": read.chunk_losses}
         course |= _fast_weights(groups, learner, read.fast_weights or [])
     ddp = replicate(learner, learner.model.config, kind.parallel)
@@ -85,8 +86,8 @@ def train(groups: Groups, kind: Kind) -> Course:
     optimizer = build_optimizer([ddp], config, total_steps=20)
     for step in range(STEPS):
         optimizer.zero_grad()
-        own = batch(step, groups.data_rank, groups.data_size)
-        measured = forward_backward(ddp, own.split(kind.micro), learner.inner.lr)
+        own = batch(step, groups.data_rank, groups.data_size, kind.length)
+        measured = forward_backward(ddp, own.split(kind.micro), learner.inner.lr, groups.links)
         measurements, _ = reduce_measurements(measured, False, groups)
         # The clipped share is in single precision.
         figures = [v for n, v in vars(measurements).items() if v is not None and n[:4] != "clip"]
@@ -111,7 +112,7 @@ def traffic(kind: Kind) -> tuple[Traffic, Traffic]:
 
 
 def _moments(groups: Groups, moments: dict, when: str) -> Course:
-    """Each data-parallel rank has some of the names."""
+    """Each data × context rank has some of the names."""
     flat = {f"{m}/{n}": tensor for n, pair in moments.items() for m, tensor in pair.items()}
     return _whole(groups, flat, when, lambda name: name.split("/")[1])
 

@@ -14,6 +14,8 @@ EPILOG = """examples:
   ttt-megatron train recipes/quickstart.yaml
   ttt-megatron train recipes/quickstart.yaml training.steps=200 training.output=runs/short
   ttt-megatron train recipes/quickstart.yaml parallel.data=2     two processes on this machine
+  ttt-megatron train recipes/quickstart.yaml parallel.tensor=2   two that share every matrix
+  ttt-megatron train recipes/quickstart.yaml parallel.context=2  two that share every sequence
   torchrun --nproc-per-node 2 -m ttt_megatron.cli.main train recipes/quickstart.yaml parallel.data=2
 
 The same command again goes on from the newest checkpoint in training.output. SIGTERM or Ctrl-C

@@ -119,6 +119,9 @@ class ParallelConfig:
     sequence_parallel: bool = setting(
         False, "Tensor-parallel processes also share out the tokens between the matrices."
     )
+    context: int = setting(
+        1, "Context-parallel processes: each holds a contiguous part of every sequence."
+    )
     overlap_grad_reduce: bool = setting(
         False, "Reduce gradients while the backward pass still runs."
     )
@@ -129,7 +132,7 @@ class ParallelConfig:
     @property
     def world_size(self) -> int:
         """Processes in all."""
-        return self.tensor * self.data
+        return self.tensor * self.context * self.data
 
 
 @dataclass(frozen=True, kw_only=True)

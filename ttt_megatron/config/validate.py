@@ -34,6 +34,7 @@ _POSITIVE = (
     "optimizer.eps",
     "parallel.data",
     "parallel.tensor",
+    "parallel.context",
     "training.steps",
     "training.global_batch_size",
     "training.micro_batch_size",
@@ -72,6 +73,7 @@ def _problems(config: RunConfig) -> Iterator[str]:
     yield from _optimizer(config.optimizer)
     yield from _batch(config.training, config.parallel.data)
     yield from _tensor(config.parallel, config.model, config.inner.chunk_size)
+    yield from _context(config)
     if config.parallel.overlap_param_gather and not config.parallel.overlap_grad_reduce:
         yield (
             "parallel.overlap_param_gather = true needs parallel.overlap_grad_reduce = true; "
@@ -219,4 +221,17 @@ def _tensor(parallel: ParallelConfig, model: ModelConfig, chunk_size: int) -> It
         yield (
             f"parallel.tensor = {parts} does not divide inner.chunk_size = {chunk_size}, whose "
             "tokens parallel.sequence_parallel = true shares out; change one of them"
+        )
+
+
+def _context(config: RunConfig) -> Iterator[str]:
+    """What does not make equally many whole chunks for every context-parallel process."""
+    parts, chunk = config.parallel.context, config.inner.chunk_size
+    length = config.data.sequence_length
+    # A chunk that does not divide the length is told of already.
+    if length % chunk == 0 and length % (parts * chunk):
+        yield (
+            f"parallel.context = {parts} does not divide the {length // chunk} chunks of "
+            f"inner.chunk_size = {chunk} in data.sequence_length = {length}; "
+            "choose a number of processes that does, or another length"
         )

@@ -13,6 +13,7 @@ from megatron.core import parallel_state
 
 from ttt_megatron.config.schema import ParallelConfig
 from ttt_megatron.errors import UserError
+from ttt_megatron.parallel.context_links import ContextLinks, context_links
 from ttt_megatron.parallel.standins import install_standins
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
@@ -22,8 +23,10 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 class Groups:
     """This process's place in the run.
 
-    `rank` of `world_size` processes, `data_rank` of `data_size` data-parallel ones, `tensor_rank`
-    of the `tensor_size` that share a replica; `device` is where it computes.
+    `rank` of `world_size` processes, `data_rank` of `data_size` data-parallel ones. A replica is
+    shared by `context_size` × `tensor_size` processes: `context_rank` says which part of the
+    sequences this one reads, `tensor_rank` which part of the matrices it holds. `links` connects
+    it with the other parts of its sequences, if there are any. `device` is where it computes.
     """
 
     rank: int
@@ -32,6 +35,9 @@ class Groups:
     data_size: int
     tensor_rank: int
     tensor_size: int
+    context_rank: int
+    context_size: int
+    links: ContextLinks | None
     device: torch.device
 
     @property
@@ -39,10 +45,15 @@ class Groups:
         """Whether this process writes logs, manifests and plots."""
         return self.rank == 0
 
-    def sum_replicas(self, values: torch.Tensor) -> torch.Tensor:
-        """Sums a tensor over the data-parallel replicas, in place; returns it.
+    @property
+    def copy_rank(self) -> int:
+        """Which of the data × context copies of its parameters this rank holds."""
+        return self.data_rank * self.context_size + self.context_rank
 
-        The ranks of a replica hold the same values. They all take part, so that every rank gets
+    def sum_shares(self, values: torch.Tensor) -> torch.Tensor:
+        """Sums a tensor over the replicas and the parts of sequences, in place; returns it.
+
+        Tensor-parallel ranks hold the same values. They all take part, so that every rank gets
         the very same sum and what it decides by it is what the others decide.
         """
         dist.all_reduce(values)
@@ -135,8 +146,15 @@ def layout(device: torch.device, parallel: ParallelConfig | None = None) -> Iter
             f"were started: make them equal"
         )
     tensor = parallel.tensor if parallel is not None else 1
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor)
+    context = parallel.context if parallel is not None else 1
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tensor, context_parallel_size=context
+    )
     try:
+        links = None
+        if context > 1:
+            group = parallel_state.get_context_parallel_group()
+            links = context_links(group, COLLECTIVE_TIMEOUT)
         yield Groups(
             rank=dist.get_rank(),
             world_size=size,
@@ -144,6 +162,9 @@ def layout(device: torch.device, parallel: ParallelConfig | None = None) -> Iter
             data_size=parallel_state.get_data_parallel_world_size(),
             tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
             tensor_size=tensor,
+            context_rank=parallel_state.get_context_parallel_rank(),
+            context_size=context,
+            links=links,
             device=device,
         )
     finally:

@@ -44,6 +44,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> Transfor
         num_query_groups=model.num_kv_heads or model.num_heads,
         ffn_hidden_size=model.ffn_hidden_size,
         tensor_model_parallel_size=parallel.tensor,
+        context_parallel_size=parallel.context,
         sequence_parallel=parallel.sequence_parallel,
         # A rank's gradient of these gains covers its own heads: finalize_model_grads sums them.
         qk_layernorm=True,
@@ -76,7 +77,7 @@ def replicate(
     """Wraps a learner, already on its device, in mcore's DDP, ready for a distributed optimizer.
 
     Its parameters become views of one contiguous buffer; gradients arrive in `main_grad`, averaged
-    over the data-parallel ranks. `bucket_size` (parameters a bucket; None is mcore's choice)
+    over the data × context ranks. `bucket_size` (parameters a bucket; None is mcore's choice)
     matters only where communication overlaps computation.
     """
     config = transformer_config(model, parallel)

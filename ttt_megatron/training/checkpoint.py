@@ -52,10 +52,10 @@ class RunParts:
 
 
 def _model_state(parts: RunParts) -> dict[str, list[ShardedTensor]]:
-    """This rank's part of every parameter, replicated over the data-parallel ranks."""
+    """This rank's part of every parameter; the data × context copies of it are the same."""
     groups = parts.groups
     return {
-        name: sharded(f"{MODEL_KEY}.{name}", name, parameter, groups, groups.data_rank)
+        name: sharded(f"{MODEL_KEY}.{name}", name, parameter, groups, groups.copy_rank)
         for name, parameter in learner_of(parts.ddp).named_parameters()
     }
 

@@ -119,7 +119,7 @@ class OuterOptimizer:
     def gathered_moments(self) -> Moments:
         """Adam's moments in the shapes of this rank's parameters, on the CPU. Collective.
 
-        Each parameter's are on one of the data-parallel ranks.
+        Each parameter's are on one of the data × context ranks.
         """
         return self._adam.gather(self._parameters())
 
@@ -132,7 +132,7 @@ class OuterOptimizer:
     def state_to_load(self, groups: Groups) -> dict[str, Any]:
         """Where dist_checkpointing.load puts the moments of which this rank owns anything."""
         owned = [pair for pair in self._parameters() if self._adam.owns(pair[1])]
-        return {"moments": sharded_moments(empty_moments(owned), groups, groups.data_rank)}
+        return {"moments": sharded_moments(empty_moments(owned), groups, groups.copy_rank)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes what dist_checkpointing loaded."""

@@ -1,7 +1,7 @@
 """Adam's moments in the parameters' own shapes, whatever shards and buckets hold them in memory.
 
 mcore's `fully_reshardable` state addresses its buckets without their padding by offsets that count
-it, keeps float32 only, and holds the parameters a second time. Here the data-parallel ranks lay
+it, keeps float32 only, and holds the parameters a second time. Here the data × context ranks lay
 their pieces into tensors of the parameters' shapes instead, so a state fits any layout of
 processes and buckets.
 """
@@ -28,7 +28,7 @@ class AdamState:
     """Reads and writes the moments that mcore's distributed optimizers keep in shards."""
 
     def __init__(self, optimizer: MegatronOptimizer, group: dist.ProcessGroup) -> None:
-        """`group` holds the data-parallel ranks among which the shards are spread."""
+        """`group` holds the data × context ranks among which the shards are spread."""
         chained = getattr(optimizer, "chained_optimizers", [optimizer])
         self._optimizers: list[DistributedOptimizer] = list(chained)
         self._group = group
@@ -69,7 +69,7 @@ class AdamState:
         return any(True for _ in self._owned(parameter))
 
     def gather(self, parameters: NamedParameters) -> Moments:
-        """Moments in the parameters' shapes, on the CPU, each on one data-parallel rank in turn.
+        """Moments in the parameters' shapes, on the CPU, each on one rank of the group in turn.
 
         Collective.
         """

@@ -18,8 +18,8 @@ def sharded(
 ) -> list[ShardedTensor]:
     """mcore's description of this rank's part, sharing its memory, of what is stored as `key`.
 
-    `name` is the parameter's; `replica` tells apart the data-parallel ranks that hold the same, of
-    which 0 writes.
+    `name` is the parameter's; `replica` tells apart the data × context ranks that hold the same,
+    of which 0 writes.
     """
     cut = cut_of(name) if groups.tensor_size > 1 else None
     if cut is None:

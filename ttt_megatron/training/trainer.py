@@ -91,7 +91,9 @@ class Trainer:
         inner_lr = inner_learning_rate(config.inner, step, total)
         micro_batches = batch.to(self.parts.groups.device).split(config.training.micro_batch_size)
         self.parts.optimizer.zero_grad()
-        measured = forward_backward(self.parts.ddp, micro_batches, inner_lr)
+        measured = forward_backward(
+            self.parts.ddp, micro_batches, inner_lr, self.parts.groups.links
+        )
         measurements, self.stopped = reduce_measurements(
             measured, self.stop_signal is not None, self.parts.groups
         )

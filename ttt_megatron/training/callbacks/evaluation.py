@@ -9,8 +9,10 @@ import torch
 from ttt_megatron.config.schema import RunConfig
 from ttt_megatron.data.dataset import open_dataset
 from ttt_megatron.data.validation import ValidationSequences, validation_sequences
+from ttt_megatron.meta.part import Part
 from ttt_megatron.parallel.replica import learner_of, settle_parameters
 from ttt_megatron.training.callbacks.base import Callback
+from ttt_megatron.training.parts import own_part
 
 if TYPE_CHECKING:
     from ttt_megatron.training.records import StepRecord
@@ -59,11 +61,12 @@ class ValidationLoss(Callback):
         sums = torch.zeros(4, dtype=torch.float64, device=groups.device)
         for first in range(groups.data_rank * micro, count, groups.data_size * micro):
             batch = self._sequences.batch(first, micro).to(groups.device)
-            output = learner(batch.tokens, batch.targets, batch.mask, config.inner.lr)
-            chunks = output.chunk_losses.double()
-            losses = torch.stack([chunks.mean(dim=1), chunks[:, 0], chunks[:, -1]])
-            sums += torch.cat([losses.sum(dim=1), losses.new_tensor([len(batch)])])
-        loss, first_chunk, last_chunk, total = groups.sum_replicas(sums).tolist()
+            own = own_part(batch, groups.links, learner)
+            output = learner(own.tokens, own.targets, own.mask, config.inner.lr, own.part)
+            sums += _sums(output.chunk_losses.double(), own.part, groups.context_size)
+        if groups.links is not None:
+            groups.links.settle()
+        loss, first_chunk, last_chunk, total = groups.sum_shares(sums).tolist()
         trainer.report(
             {
                 "validation_loss": loss / total,
@@ -71,3 +74,14 @@ class ValidationLoss(Callback):
                 "validation_last_chunk_loss": last_chunk / total,
             }
         )
+
+
+def _sums(chunks: torch.Tensor, part: Part, num_parts: int) -> torch.Tensor:
+    """A part's shares, from its chunk losses [b, N], of what a batch adds to the sums: [4]."""
+    sums = chunks.new_zeros(4)
+    sums[0] = chunks.mean(dim=1).sum() / num_parts
+    if part.is_first:
+        sums[1], sums[3] = chunks[:, 0].sum(), len(chunks)
+    if part.is_last:
+        sums[2] = chunks[:, -1].sum()
+    return sums
