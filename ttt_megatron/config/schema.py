@@ -162,6 +162,9 @@ class TrainingConfig:
     eval_sequences: int = setting(
         16, "Validation sequences an evaluation during training reads; 0 is none."
     )
+    trace: bool = setting(
+        False, "Write a Chrome/Perfetto trace of every process into trace/ of the output folder."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

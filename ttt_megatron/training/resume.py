@@ -26,6 +26,7 @@ _FREE_KEYS = frozenset(
         "training.milestone_interval",
         "training.log_interval",
         "training.eval_interval",
+        "training.trace",
         "training.eval_sequences",
     }
 )

@@ -19,6 +19,7 @@ from ttt_megatron.data.stream import TokenStream
 from ttt_megatron.errors import UserError
 from ttt_megatron.parallel.groups import Groups, process_groups
 from ttt_megatron.parallel.replica import layer_slots, replicate
+from ttt_megatron.tracing import start_trace, stop_trace
 from ttt_megatron.training.callbacks import build_callbacks
 from ttt_megatron.training.callbacks.metrics_log import METRICS_FILE
 from ttt_megatron.training.callbacks.tracking import TRACKING_FILE, tracking_uri
@@ -35,7 +36,8 @@ from ttt_megatron.training.weights import build_learner
 logger = logging.getLogger(__name__)
 
 _LOCK_FILE = ".lock"
-_BELONGS_TO_A_RUN = (CHECKPOINTS, METRICS_FILE, TRACKING_FILE, "*.png")
+TRACE_FOLDER = "trace"
+_BELONGS_TO_A_RUN = (CHECKPOINTS, METRICS_FILE, TRACKING_FILE, TRACE_FOLDER, "*.png")
 
 
 class _StderrHandler(logging.StreamHandler[TextIO]):
@@ -66,8 +68,21 @@ def run_training(config: RunConfig, fresh: bool = False) -> TrainingResult:
         output = Path(config.training.output)
         with _locked(output) if groups.is_main else nullcontext():
             trainer = build_trainer(config, groups, fresh)
-            trainer.fit()
+            with _traced(output / TRACE_FOLDER, groups) if config.training.trace else nullcontext():
+                trainer.fit()
         return _result(trainer)
+
+
+@contextmanager
+def _traced(folder: Path, groups: Groups) -> Iterator[None]:
+    """Record what happens within and write it, also when it ends in an error."""
+    trace = start_trace(groups.rank)
+    try:
+        yield
+    finally:
+        stop_trace()
+        folder.mkdir(parents=True, exist_ok=True)
+        trace.write(folder / f"rank-{groups.rank}.json")
 
 
 def build_trainer(config: RunConfig, groups: Groups, fresh: bool = False) -> Trainer:

@@ -12,6 +12,7 @@ from ttt_megatron.config.schema import RunConfig
 from ttt_megatron.data.prefetch import Prefetcher
 from ttt_megatron.data.stream import Batch, TokenStream
 from ttt_megatron.errors import UserError
+from ttt_megatron.tracing import span
 from ttt_megatron.training.callbacks.base import Callback
 from ttt_megatron.training.checkpoint import RunParts, save_checkpoint
 from ttt_megatron.training.checkpoint_folder import CheckpointInfo
@@ -98,7 +99,8 @@ class Trainer:
             measured, self.stop_signal is not None, self.parts.groups
         )
         if math.isfinite(measurements.loss):
-            update = self.parts.optimizer.step(step)
+            with span("optimizer"):
+                update = self.parts.optimizer.step(step)
         else:
             rate = learning_rate(config.optimizer, step, total)
             update = Update(grad_norm=math.nan, learning_rate=rate, applied=False)
