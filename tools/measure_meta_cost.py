@@ -53,19 +53,11 @@ def resident_bytes(key: str) -> int:
 def build(arguments: argparse.Namespace, variant: str) -> "tuple[Learner, Batch]":
     """A learner of the given shape and one batch for it."""
     import torch
+    from meta_shape import shape_of
 
-    from ttt_megatron.config.schema import InnerConfig, ModelConfig
+    from ttt_megatron.config.schema import InnerConfig
     from ttt_megatron.meta.learner import Learner
 
-    model = ModelConfig(
-        vocab_size=arguments.vocabulary,
-        num_layers=arguments.prefix + arguments.suffix,
-        num_suffix_layers=arguments.suffix,
-        hidden_size=arguments.width,
-        num_heads=arguments.heads,
-        ffn_hidden_size=arguments.mlp,
-        window_size=arguments.window,
-    )
     policies = ("recompute", "save_activations", "save_all")
     modes = {"plain": "off", "first_order": "first_order"}
     inner = InnerConfig(
@@ -74,7 +66,7 @@ def build(arguments: argparse.Namespace, variant: str) -> "tuple[Learner, Batch]
         memory_policy=variant if variant in policies else "recompute",  # type: ignore[arg-type]
         two_level=variant == "two_level",
     )
-    learner = Learner(model, inner)
+    learner = Learner(shape_of(arguments), inner)
     tokens = torch.randint(
         arguments.vocabulary, (arguments.batch, arguments.chunks * arguments.chunk + 1)
     )
@@ -161,19 +153,23 @@ def report(rounds: dict[str, list[dict[str, float]]]) -> int:
 
 def main() -> int:
     """Entry point."""
+    from meta_shape import add_shape
+
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--prefix", type=int, default=12, help="prefix blocks")
-    parser.add_argument("--suffix", type=int, default=4, help="suffix blocks")
-    parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--mlp", type=int, default=512, help="width of both MLPs")
-    parser.add_argument("--vocabulary", type=int, default=2048)
-    parser.add_argument("--chunk", type=int, default=256)
-    parser.add_argument("--window", type=int, default=1024)
+    add_shape(
+        parser,
+        prefix=12,
+        suffix=4,
+        width=256,
+        heads=4,
+        mlp=512,
+        vocabulary=2048,
+        chunk=256,
+        window=1024,
+    )
     parser.add_argument("--chunks", type=int, default=8, help="chunks a sequence")
-    parser.add_argument("--batch", type=int, default=1, help="sequences")
     parser.add_argument("--repeats", type=int, default=3, help="timed steps a process")
     parser.add_argument("--rounds", type=int, default=3, help="processes a variant")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))

@@ -17,8 +17,9 @@ from unittest.mock import patch
 
 import torch
 from live_bytes import LiveBytes, tensor_bytes
+from meta_shape import add_shape, shape_of
 
-from ttt_megatron.config.schema import InnerConfig, ModelConfig
+from ttt_megatron.config.schema import InnerConfig
 from ttt_megatron.meta import meta_loss
 from ttt_megatron.meta.learner import Learner
 from ttt_megatron.meta.meta_loss import MetaRun
@@ -35,19 +36,10 @@ KINDS = (
 
 def build(arguments: argparse.Namespace, two_level: bool) -> Learner:
     """A learner of the given shape."""
-    model = ModelConfig(
-        vocab_size=arguments.vocabulary,
-        num_layers=arguments.prefix + arguments.suffix,
-        num_suffix_layers=arguments.suffix,
-        hidden_size=arguments.width,
-        num_heads=arguments.heads,
-        ffn_hidden_size=arguments.mlp,
-        window_size=arguments.window,
-    )
     inner = InnerConfig(
         chunk_size=arguments.chunk, two_level=two_level, memory_policy=arguments.policy
     )
-    return Learner(model, inner)
+    return Learner(shape_of(arguments), inner)
 
 
 def measure(arguments: argparse.Namespace, chunks: int, two_level: bool) -> dict[str, int]:
@@ -120,16 +112,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    add_shape(
+        parser,
+        prefix=3,
+        suffix=2,
+        width=128,
+        heads=4,
+        mlp=256,
+        vocabulary=512,
+        chunk=64,
+        window=128,
+    )
     parser.add_argument("--chunks", type=int, nargs="+", default=[8, 16, 32, 64])
-    parser.add_argument("--prefix", type=int, default=3, help="prefix blocks")
-    parser.add_argument("--suffix", type=int, default=2, help="suffix blocks")
-    parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--mlp", type=int, default=256, help="width of both MLPs")
-    parser.add_argument("--vocabulary", type=int, default=512)
-    parser.add_argument("--chunk", type=int, default=64)
-    parser.add_argument("--window", type=int, default=128)
-    parser.add_argument("--batch", type=int, default=1, help="sequences")
     parser.add_argument(
         "--policy", default="recompute", choices=("recompute", "save_activations", "save_all")
     )
