@@ -6,6 +6,7 @@ their pieces into tensors of the parameters' shapes instead, so a state fits any
 processes and buckets.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
 import torch
@@ -24,45 +25,20 @@ Moments = dict[str, dict[str, torch.Tensor]]
 ShardedMoments = dict[str, dict[str, list[ShardedTensor]]]
 
 
-class AdamState:
-    """Reads and writes the moments that mcore's distributed optimizers keep in shards."""
+class AdamShards(ABC):
+    """Reads and writes moments of which each of a group's ranks holds pieces."""
 
-    def __init__(self, optimizer: MegatronOptimizer, group: dist.ProcessGroup) -> None:
-        """`group` holds the data × context ranks among which the shards are spread."""
-        chained = getattr(optimizer, "chained_optimizers", [optimizer])
-        self._optimizers: list[DistributedOptimizer] = list(chained)
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        """`group` holds the ranks among which the pieces are spread."""
         self._group = group
-        self._allocate()
 
-    def _allocate(self) -> None:
-        """Zero moments from the start: a state exists to be saved or loaded before any update."""
-        for optimizer in self._optimizers:
-            for group in optimizer.optimizer.param_groups:
-                for shard in group["params"]:
-                    state = optimizer.optimizer.state[shard]
-                    for moment in MOMENTS:
-                        state[moment] = torch.zeros_like(shard, requires_grad=False)
-        self.set_updates(0)
-
+    @abstractmethod
     def set_updates(self, updates: int) -> None:
         """Sets Adam's count of updates, which its bias correction reads."""
-        for optimizer in self._optimizers:
-            inner = optimizer.optimizer
-            for group in inner.param_groups:
-                if not isinstance(inner, torch.optim.AdamW):
-                    group["step"] = updates  # the fused optimizers count by group
-                    continue
-                for shard in group["params"]:
-                    inner.state[shard]["step"] = torch.tensor(float(updates), dtype=torch.float32)
 
+    @abstractmethod
     def _owned(self, parameter: nn.Parameter) -> Iterator[tuple[slice, dict[str, torch.Tensor]]]:
         """The range of the flattened parameter that this rank owns, and its state; perhaps none."""
-        for optimizer in self._optimizers:
-            if parameter in optimizer.model_param_gbuf_map:
-                owned = optimizer._get_model_param_range_map(parameter)["param"]
-                group, position = optimizer.model_param_group_index_map[parameter]
-                shard = optimizer.optimizer.param_groups[group]["params"][position]
-                yield slice(owned.start, owned.end), optimizer.optimizer.state[shard]
 
     def owns(self, parameter: nn.Parameter) -> bool:
         """Whether this rank owns any of the parameter's moments."""
@@ -94,6 +70,45 @@ class AdamState:
             for owned, state in self._owned(parameter):
                 for moment in MOMENTS:
                     state[moment].copy_(moments[name][moment].flatten()[owned])
+
+
+class AdamState(AdamShards):
+    """The moments that mcore's distributed optimizers keep in shards."""
+
+    def __init__(self, optimizer: MegatronOptimizer, group: dist.ProcessGroup) -> None:
+        """`group` holds the data × context ranks among which the shards are spread."""
+        super().__init__(group)
+        chained = getattr(optimizer, "chained_optimizers", [optimizer])
+        self._optimizers: list[DistributedOptimizer] = list(chained)
+        self._allocate()
+
+    def _allocate(self) -> None:
+        """Zero moments from the start: a state exists to be saved or loaded before any update."""
+        for optimizer in self._optimizers:
+            for group in optimizer.optimizer.param_groups:
+                for shard in group["params"]:
+                    state = optimizer.optimizer.state[shard]
+                    for moment in MOMENTS:
+                        state[moment] = torch.zeros_like(shard, requires_grad=False)
+        self.set_updates(0)
+
+    def set_updates(self, updates: int) -> None:
+        for optimizer in self._optimizers:
+            inner = optimizer.optimizer
+            for group in inner.param_groups:
+                if not isinstance(inner, torch.optim.AdamW):
+                    group["step"] = updates  # the fused optimizers count by group
+                    continue
+                for shard in group["params"]:
+                    inner.state[shard]["step"] = torch.tensor(float(updates), dtype=torch.float32)
+
+    def _owned(self, parameter: nn.Parameter) -> Iterator[tuple[slice, dict[str, torch.Tensor]]]:
+        for optimizer in self._optimizers:
+            if parameter in optimizer.model_param_gbuf_map:
+                owned = optimizer._get_model_param_range_map(parameter)["param"]
+                group, position = optimizer.model_param_group_index_map[parameter]
+                shard = optimizer.optimizer.param_groups[group]["params"][position]
+                yield slice(owned.start, owned.end), optimizer.optimizer.state[shard]
 
 
 def sharded_moments(moments: Moments, groups: Groups, replica: int = 0) -> ShardedMoments:
