@@ -14,7 +14,7 @@ from ttt_megatron.meta.oracle import oracle
 from ttt_megatron.parallel.groups import process_groups
 from ttt_megatron.parallel.replica import replicate
 from ttt_megatron.training.optimizer import build_optimizer
-from ttt_megatron.training.step import forward_backward
+from ttt_megatron.training.passes import forward_backward
 
 Figures = dict[str, Tensor]
 
@@ -82,15 +82,15 @@ def trainer_figures(golden: Golden, dtype: torch.dtype) -> tuple[Figures, Figure
     config = OptimizerConfig(lr=4e-4, end_lr=1e-5, warmup_fraction=0.1)
     computed: Figures = {}
     expected: Figures = {}
-    with process_groups():
-        ddp = replicate(learner, learner.model.config, ParallelConfig())
-        optimizer = build_optimizer([ddp], config, total_steps=10)
+    with process_groups() as groups:
+        chunks = replicate([learner], learner.model.config, ParallelConfig())
+        optimizer = build_optimizer(chunks, config, total_steps=10)
         for step in range(int(golden.config["outer_steps"])):
             tokens, targets, mask = golden.batch(f"_{step}")
             rows = torch.arange(len(tokens))
             batch = Batch(tokens, targets, mask, rows, torch.zeros(len(tokens), 2))
             optimizer.zero_grad()
-            measured = forward_backward(ddp, [batch], golden.inner_lr)
+            measured = forward_backward(chunks, [batch], golden.inner_lr, groups)
             update = optimizer.step(step)
             loss = float(measured[0]["loss"])
             computed[f"outer/loss_{step}"] = torch.tensor(loss, dtype=torch.float64)

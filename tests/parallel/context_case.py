@@ -1,6 +1,6 @@
 """Tiny cases run in parts on several processes, and whole in one."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from ttt_megatron.meta.learner import Learner, LearnerOutput
 from ttt_megatron.parallel.context import context_parts, own_tokens
 from ttt_megatron.parallel.context_links import ContextLinks, context_links
 from ttt_megatron.parallel.context_schedule import one_forward_one_backward
-from ttt_megatron.parallel.context_tasks import PartPasses, zigzag_order
+from ttt_megatron.parallel.context_tasks import SHARES, PartPasses, zigzag_order
 
 VOCABULARY = 19
 MODEL = {
@@ -30,6 +30,13 @@ INNER = {"chunk_size": 4, "lr": 0.7, "clip": 2.0}
 
 Data = tuple[Tensor, Tensor, Tensor]
 
+# Shares of the zigzag passes, by which backward passes are split; the suffix's is by default.
+SPLITS = {
+    "none": SHARES.joined(),
+    "suffix": SHARES,
+    "both": replace(SHARES, prefix_backward=0.196, prefix_weights=0.078),
+}
+
 
 @dataclass(frozen=True)
 class Case:
@@ -40,6 +47,8 @@ class Case:
     learner: dict[str, Any] = field(default_factory=dict)
     micro_batches: int = 1
     length: int = 32
+    split: str = "suffix"
+    debts: int | None = 1
 
     @property
     def model_config(self) -> ModelConfig:
@@ -119,7 +128,9 @@ def _in_plain_order(case, links, learner, parts, batch) -> dict[int, list[Learne
     def backward(index: int, loss: Tensor) -> None:
         (loss / case.micro_batches).backward()
 
-    one_forward_one_backward(case.micro_batches, links, forward, backward)
+    ahead = links.size - 1 - links.rank
+    one_forward_one_backward(case.micro_batches, ahead, forward, backward)
+    links.settle()
     return {part: outputs}
 
 
@@ -132,7 +143,8 @@ def _in_zigzag(case, links, learner, parts, batch) -> dict[int, list[LearnerOutp
         scale=1 / case.micro_batches,
         measure=lambda output: output,
     )
-    passes.run(zigzag_order(case.micro_batches, links.size, links.rank), links)
+    place = case.micro_batches, links.size, links.rank
+    passes.run(zigzag_order(*place, SPLITS[case.split], case.debts), links)
     return {
         part: [passes.measured[index, part] for index in range(case.micro_batches)]
         for part in parts

@@ -57,7 +57,9 @@ def _measure(case: Case, links: ContextLinks | None) -> Costs:
     if links is None:
         forward(0)
         return costs
-    one_forward_one_backward(MICRO_BATCHES, links, forward, lambda _, loss: loss.backward())
+    ahead = links.size - 1 - links.rank
+    one_forward_one_backward(MICRO_BATCHES, ahead, forward, lambda _, loss: loss.backward())
+    links.settle()
     costs.sent = _sent(links)
     return costs
 

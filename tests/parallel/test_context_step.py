@@ -1,11 +1,12 @@
 """Training steps with context parallelism inside mcore's DDP: what one process computes."""
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from context_case import Case, micro_batch
+from context_case import SPLITS, Case, micro_batch
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
@@ -58,7 +59,9 @@ def _plain(ddp: Any, links: ContextLinks, parts: list, batches: dict[int, Batche
     return context_forward_backward(ddp, links, len(own), forward)
 
 
-def _zigzag(ddp: Any, links: ContextLinks, parts: list, batches: dict[int, Batches]) -> Losses:
+def _zigzag(
+    ddp: Any, links: ContextLinks, parts: list, batches: dict[int, Batches], split: str
+) -> Losses:
     count = len(next(iter(batches.values())))
     measured = zigzag_forward_backward(
         ddp,
@@ -68,17 +71,19 @@ def _zigzag(ddp: Any, links: ContextLinks, parts: list, batches: dict[int, Batch
         lambda index, part: batches[part][index],
         None,
         lambda output: output.loss.detach(),
+        SPLITS[split],
     )
     return list(measured.values())
 
 
-SCHEDULES = {"stock": _stock, "plain": _plain, "zigzag": _zigzag}
+SCHEDULES = {"stock": _stock, "plain": _plain}
+SCHEDULES |= {f"zigzag {split}": partial(_zigzag, split=split) for split in SPLITS}
 
 
 def _train(links: ContextLinks, parallel: ParallelConfig, schedule: str) -> Course:
     """Three outer steps: the whole batch's loss before each, and the parameters after."""
     learner, model = CASE.build(), CASE.model_config
-    ddp = replicate(learner, model, parallel, bucket_size=BUCKET)
+    [ddp] = replicate([learner], model, parallel, bucket_size=BUCKET)
     config = OptimizerConfig(lr=1e-2, warmup_fraction=0.0, clip_grad=0.1)
     optimizer = build_optimizer([ddp], config, total_steps=20)
     parts = context_parts(links, CASE.length // links.num_parts, model.window_size)
@@ -111,7 +116,7 @@ def _courses(context: int, kinds: list[tuple[ParallelConfig, str]]) -> list[Cour
         group = parallel_state.get_context_parallel_group()
         links = {zigzag: context_links(group, zigzag=zigzag) for zigzag in (False, True)}
         assert links[False].size == context
-        return [_train(links[kind[1] == "zigzag"], *kind) for kind in kinds]
+        return [_train(links[kind[1].startswith("zigzag")], *kind) for kind in kinds]
     finally:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
@@ -120,7 +125,14 @@ def _courses(context: int, kinds: list[tuple[ParallelConfig, str]]) -> list[Cour
 def test_three_steps_on_two_replicas_of_two_parts_equal_one_process() -> None:
     plain = ParallelConfig(data=2)
     overlapping = ParallelConfig(data=2, overlap_grad_reduce=True, overlap_param_gather=True)
-    kinds = [(overlapping, "plain"), (plain, "stock"), (plain, "zigzag"), (overlapping, "zigzag")]
+    kinds = [
+        (overlapping, "plain"),
+        (plain, "stock"),
+        (overlapping, "zigzag none"),
+        (plain, "zigzag suffix"),
+        (overlapping, "zigzag suffix"),
+        (overlapping, "zigzag both"),
+    ]
     [one] = _courses(1, [(ParallelConfig(), "stock")])
     for kind, several in zip(kinds, launch(_courses, (2, kinds), 4), strict=True):
         torch.testing.assert_close(several[0], one[0], rtol=1e-10, atol=0, msg=str(kind))

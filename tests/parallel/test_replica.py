@@ -12,7 +12,8 @@ from ttt_megatron.parallel.groups import Groups, process_groups
 from ttt_megatron.parallel.launcher import launch
 from ttt_megatron.parallel.replica import replicate, settle_parameters
 from ttt_megatron.training.optimizer import build_optimizer
-from ttt_megatron.training.step import forward_backward, reduce_measurements
+from ttt_megatron.training.passes import forward_backward
+from ttt_megatron.training.step import reduce_measurements
 
 MODEL = ModelConfig(
     vocab_size=37,
@@ -41,14 +42,14 @@ def _train(groups: Groups, parallel: ParallelConfig, micro: int) -> Course:
     """Three steps in float64: losses, gradient norms, moments and parameters."""
     config = OptimizerConfig(lr=1e-2, warmup_fraction=0.0, clip_grad=0.1)
     learner = Learner(MODEL, INNER, dtype=torch.float64, seed=5)
-    ddp = replicate(learner, MODEL, parallel, bucket_size=BUCKET)
+    [ddp] = replicate([learner], MODEL, parallel, bucket_size=BUCKET)
     assert (len(ddp.bucket_groups) > 1) == parallel.overlap_grad_reduce
     optimizer = build_optimizer([ddp], config, total_steps=20)
     losses, norms = [], []
     for step in range(3):
         batch = _batch(step, groups.data_rank, groups.data_size)
         optimizer.zero_grad()
-        measured = forward_backward(ddp, batch.split(micro), 0.7)
+        measured = forward_backward([ddp], batch.split(micro), 0.7, groups)
         losses.append(reduce_measurements(measured, False, groups)[0].loss)
         norms.append(optimizer.step(step).grad_norm)
     settle_parameters(ddp)

@@ -3,12 +3,26 @@
 from dataclasses import replace
 
 import pytest
-from course import BATCH, INNER, LENGTH, MODEL, Course, Kind, traffic, train, worst
+from parallel_course import (
+    BATCH,
+    INNER,
+    LENGTH,
+    MODEL,
+    Course,
+    Kind,
+    batch,
+    traffic,
+    train,
+    worst,
+)
 
+from ttt_kernels import WeightGradients, putting_off
 from ttt_megatron.config import ParallelConfig
 from ttt_megatron.parallel.groups import process_groups
 from ttt_megatron.parallel.launcher import launch
+from ttt_megatron.parallel.replica import layer_slots
 from ttt_megatron.parallel.traffic import Traffic
+from ttt_megatron.training.weights import build_learner
 
 BOUND = 1e-10
 GQA = {"num_kv_heads": 2, "tie_embeddings": False, "prime_ffn_hidden_size": 8}
@@ -40,14 +54,33 @@ def several(kinds: list[Kind]) -> list[Course]:
         return [train(groups, kind) for kind in kinds]
 
 
-def _two_parts() -> tuple[list[Course], list[tuple[Traffic, Traffic]]]:
+def _own_gradients(kind: Kind, put_off: bool) -> Course:
+    """This rank's gradients, those of slow weights formed in the backward pass or after it."""
+    learner = build_learner(kind.config, layer_slots(kind.config.model, kind.parallel))
+    own = batch(kind, 0)
+    gradients = WeightGradients()
+    with putting_off(gradients if put_off else None):
+        learner(own.tokens, own.targets, own.mask).loss.backward()
+    assert (gradients.pending > 0) == put_off
+    gradients.form()
+    found = {name: p.grad for name, p in learner.named_parameters()}
+    return {name: grad for name, grad in found.items() if grad is not None}
+
+
+Found = tuple[list[Course], list[tuple[Traffic, Traffic]], list[tuple[float, str]]]
+
+
+def _two_parts() -> Found:
     with process_groups("cpu", TENSOR) as groups:
         courses = [train(groups, kind) for kind in TRAINED]
-        return courses, [traffic(kind) for kind in COUNTED]
+        put_off = [
+            worst(_own_gradients(kind, True), _own_gradients(kind, False)) for kind in TRAINED
+        ]
+        return courses, [traffic(kind) for kind in COUNTED], put_off
 
 
 @pytest.fixture(scope="module")
-def two_parts() -> tuple[list[Course], list[tuple[Traffic, Traffic]]]:
+def two_parts() -> Found:
     """All that is asked of two processes, started once."""
     return launch(_two_parts, (), 2)
 
@@ -55,15 +88,17 @@ def two_parts() -> tuple[list[Course], list[tuple[Traffic, Traffic]]]:
 def _compare(kinds: list[Kind], together: list[Course]) -> None:
     alone = several([replace(kind, parallel=ParallelConfig(), micro=BATCH) for kind in kinds])
     for kind, one, course in zip(kinds, alone, together, strict=True):
-        # What replicas read of a batch is not put together; all else is there.
-        missing = {name.split("/")[0] for name in one.keys() - course.keys()}
-        assert missing <= ({"nll", "chunk losses", "fast"} if kind.parallel.data > 1 else set())
         error, name = worst(course, one)
         assert error < BOUND, (kind, name, error)
 
 
 def test_two_parts_compute_what_one_process_does(two_parts) -> None:
     _compare(TRAINED, two_parts[0])
+
+
+def test_gradients_formed_later_are_the_same(two_parts) -> None:
+    for kind, (error, name) in zip(TRAINED, two_parts[2], strict=True):
+        assert error < BOUND, (kind, name, error)
 
 
 @pytest.mark.parametrize("overlap", [False, pytest.param(True, marks=pytest.mark.slow)])

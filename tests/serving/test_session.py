@@ -120,7 +120,7 @@ def test_without_inner_steps_it_is_the_plain_model(suffix, sizes):
     tokens = draw_tokens(2, 30)
     session = Session(learner, 2, inner_steps=False)
     with torch.no_grad():
-        expected = learner.model.logits(learner.model.hidden_states(tokens, torch.float64))
+        expected = learner.model.logits(learner.run_prefix(tokens, inner_steps=False))
     assert_close(read_in_pieces(session, tokens, sizes), expected)
     assert session.steps_taken == 0
     assert session.drift.tolist() == [0.0, 0.0]

@@ -31,7 +31,7 @@ def _batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 def _extended(data: Path, plain: Path) -> Learner:
     learner = build_learner(small_run(data, plain))
-    start_from(learner, plain)
+    start_from([learner], plain)
     return learner
 
 
@@ -90,7 +90,7 @@ def test_unequal_shapes_are_named(data: Path, plain: Path, tmp_path: Path) -> No
     def refused(**changes: object) -> str:
         learner = build_learner(small_run(data, tmp_path, **changes))
         with pytest.raises(UserError) as caught:
-            start_from(learner, plain)
+            start_from([learner], plain)
         return str(caught.value)
 
     message = refused(model__ffn_hidden_size=32)
@@ -105,4 +105,4 @@ def test_prime_mlps_are_not_dropped_silently(data: Path, tmp_path: Path) -> None
     run_training(small_run(data, tmp_path / "run", training__steps=1))
     plain = Learner(small_run(data, tmp_path, **PLAIN).model, InnerConfig(mode="off"))
     with pytest.raises(UserError, match="prime"):
-        start_from(plain, tmp_path / "run")
+        start_from([plain], tmp_path / "run")

@@ -13,7 +13,7 @@ from ttt_megatron.data.stream import Batch
 from ttt_megatron.parallel.groups import process_groups
 from ttt_megatron.parallel.replica import replicate
 from ttt_megatron.training.optimizer import OuterOptimizer, build_optimizer
-from ttt_megatron.training.step import forward_backward
+from ttt_megatron.training.passes import forward_backward
 
 ROOT = Path(__file__).parents[2]
 SHAPE = ModelConfig(num_layers=1, hidden_size=8, num_heads=2, ffn_hidden_size=8)
@@ -26,16 +26,16 @@ def test_three_steps_of_the_official_implementation() -> None:
     golden = read_golden(ROOT / "tests" / "golden" / "A.npz")
     learner = build_learner(golden, torch.float64)
     config = OptimizerConfig(lr=4e-4, end_lr=1e-5, warmup_fraction=0.1)
-    with process_groups() as _:
-        ddp = replicate(learner, learner.model.config, ParallelConfig())
-        optimizer = build_optimizer([ddp], config, total_steps=10)
+    with process_groups() as groups:
+        chunks = replicate([learner], learner.model.config, ParallelConfig())
+        optimizer = build_optimizer(chunks, config, total_steps=10)
         for step in range(3):
             tokens, targets, mask = golden.batch(f"_{step}")
             rows = torch.arange(len(tokens))
             batch = Batch(tokens, targets, mask, rows, torch.zeros(len(tokens), 2))
             optimizer.zero_grad()
             # Two micro-batches of one sequence: their gradients' mean is wanted.
-            measured = forward_backward(ddp, batch.split(1), golden.inner_lr)
+            measured = forward_backward(chunks, batch.split(1), golden.inner_lr, groups)
             update = optimizer.step(step)
             loss = sum(float(one["loss"]) for one in measured) / len(measured)
             assert loss == pytest.approx(golden.arrays[f"outer/loss_{step}"].item(), rel=1e-10)
@@ -64,7 +64,7 @@ def test_decay_reaches_the_parameters_it_should(decay: str) -> None:
     with process_groups():
         net = _net(torch.float32)
         before = [p.detach().clone() for p in net.parameters()]
-        ddp = replicate(net, SHAPE, ParallelConfig())
+        [ddp] = replicate([net], SHAPE, ParallelConfig())
         optimizer = build_optimizer([ddp], config, total_steps=10)
         _gradients(ddp, optimizer, torch.zeros(1, 7))
         for parameter in ddp.parameters():
@@ -78,7 +78,7 @@ def test_decay_reaches_the_parameters_it_should(decay: str) -> None:
 def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
     with process_groups():
         net = _net(torch.float32)
-        ddp = replicate(net, SHAPE, ParallelConfig())
+        [ddp] = replicate([net], SHAPE, ParallelConfig())
         optimizer = build_optimizer([ddp], OptimizerConfig(warmup_fraction=0.0), total_steps=10)
         _gradients(ddp, optimizer, torch.ones(2, 7))
         assert optimizer.step(0).applied

@@ -82,7 +82,7 @@ def _go_on(configs: list[RunConfig], source: Path) -> bool:
                 build_trainer(config, groups).fit()
         with layout(device, PARTS) as groups:
             learner = build_learner(configs[0], layer_slots(configs[0].model, PARTS))
-            start_from(learner, source)
+            start_from([learner], source)
             weights = read_weights(source / CHECKPOINTS / "step-00000006")
             taken = [
                 torch.equal(parameter, learner.model.slots.take_part(name, weights[name]))

@@ -106,6 +106,16 @@ class OptimizerConfig:
     weight_decay: float = setting(0.1, "Decoupled weight decay, times the learning rate.")
     decay: Literal["all", "matrices"] = setting("all", "Parameters that decay.")
     clip_grad: float = setting(1.0, "Global norm the outer gradient is clipped to; 0 is off.")
+    engine: Literal["megatron", "deepspeed"] = setting(
+        "megatron",
+        "What reduces gradients and shares out the optimizer's state: megatron-core, in every "
+        "layout, or DeepSpeed, where all processes are data-parallel.",
+    )
+    zero_stage: int = setting(
+        1,
+        "What data-parallel processes share out: 1 the optimizer's state, 2 (DeepSpeed) gradients "
+        "as well.",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,17 +132,31 @@ class ParallelConfig:
     context: int = setting(
         1, "Context-parallel processes: each holds a contiguous part of every sequence."
     )
+    pipeline: int = setting(
+        1,
+        "Pipeline-parallel processes: each holds consecutive blocks, the last one the suffix.",
+    )
+    virtual_pipeline: int = setting(
+        1,
+        "Stages each pipeline process holds and takes in turn (interleaved 1F1B), for shorter "
+        "waits at more transfers.",
+    )
     overlap_grad_reduce: bool = setting(
         False, "Reduce gradients while the backward pass still runs."
     )
     overlap_param_gather: bool = setting(
         False, "Gather updated parameters while the next forward pass runs."
     )
+    timeout_minutes: float = setting(
+        30.0,
+        "Longest wait of a process for the others, after which the run ends and names those it "
+        "waited for.",
+    )
 
     @property
     def world_size(self) -> int:
         """Processes in all."""
-        return self.tensor * self.context * self.data
+        return self.tensor * self.context * self.pipeline * self.data
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +178,7 @@ class TrainingConfig:
     output: str = setting("runs/default", "Folder of checkpoints, plots and logs.")
     save_interval: int = setting(500, "Steps between checkpoints; the last step is always saved.")
     keep_last: int = setting(2, "Checkpoints kept, the newest first.")
+    async_save: bool = setting(False, "Go on training while a checkpoint's files are written.")
     milestone_interval: int = setting(
         0, "Checkpoints at multiples of this stay for good; 0 is none."
     )

@@ -35,6 +35,9 @@ _POSITIVE = (
     "parallel.data",
     "parallel.tensor",
     "parallel.context",
+    "parallel.pipeline",
+    "parallel.virtual_pipeline",
+    "parallel.timeout_minutes",
     "training.steps",
     "training.global_batch_size",
     "training.micro_batch_size",
@@ -71,9 +74,11 @@ def _problems(config: RunConfig) -> Iterator[str]:
     yield from _model(config.model)
     yield from _inner(config.inner, config.model, config.data.sequence_length)
     yield from _optimizer(config.optimizer)
+    yield from _engine(config)
     yield from _batch(config.training, config.parallel.data)
     yield from _tensor(config.parallel, config.model, config.inner.chunk_size)
     yield from _context(config)
+    yield from _pipeline(config)
     if config.parallel.overlap_param_gather and not config.parallel.overlap_grad_reduce:
         yield (
             "parallel.overlap_param_gather = true needs parallel.overlap_grad_reduce = true; "
@@ -186,6 +191,43 @@ def _optimizer(optimizer: OptimizerConfig) -> Iterator[str]:
         )
 
 
+def _engine(config: RunConfig) -> Iterator[str]:
+    """What the optimizer's engine cannot do."""
+    engine, stage, parallel = config.optimizer.engine, config.optimizer.zero_stage, config.parallel
+    if stage == 3:
+        yield (
+            "optimizer.zero_stage = 3 is not possible: the inner loop runs the model on detached "
+            "weights, which the hooks that gather stage 3's parameters never see; choose 1 or 2"
+        )
+    elif stage not in (1, 2):
+        yield f"optimizer.zero_stage = {stage} must be 1 or 2"
+    if engine == "megatron":
+        if stage == 2:
+            yield (
+                "optimizer.zero_stage = 2 needs optimizer.engine = deepspeed, as megatron-core's "
+                "distributed optimizer is stage 1; set that, or zero_stage = 1"
+            )
+        return
+    for name in ("tensor", "context", "pipeline"):
+        if (size := getattr(parallel, name)) > 1:
+            yield (
+                f"optimizer.engine = deepspeed is for data-parallel runs, and parallel.{name} = "
+                f"{size}; set parallel.{name} = 1, or optimizer.engine = megatron"
+            )
+    for name in ("overlap_grad_reduce", "overlap_param_gather"):
+        if getattr(parallel, name):
+            yield (
+                f"parallel.{name} = true tells megatron-core how to communicate, and "
+                "optimizer.engine = deepspeed runs without it; leave it out, or set "
+                "optimizer.engine = megatron"
+            )
+    if config.training.precision == "fp64":
+        yield (
+            "optimizer.engine = deepspeed updates parameters in float32, and training.precision = "
+            "fp64 asks for float64; set training.precision = fp32, or optimizer.engine = megatron"
+        )
+
+
 def _batch(training: TrainingConfig, data_parallel: int) -> Iterator[str]:
     held = training.micro_batch_size * data_parallel
     if training.global_batch_size % held:
@@ -235,3 +277,33 @@ def _context(config: RunConfig) -> Iterator[str]:
             f"inner.chunk_size = {chunk} in data.sequence_length = {length}; "
             "choose a number of processes that does, or another length"
         )
+
+
+def _pipeline(config: RunConfig) -> Iterator[str]:
+    """What does not make a pipeline: too few blocks for its stages, or too few micro-batches."""
+    parallel, model, training = config.parallel, config.model, config.training
+    turns, size = parallel.virtual_pipeline, parallel.pipeline
+    if size == 1:
+        if turns > 1:
+            yield (
+                f"parallel.virtual_pipeline = {turns} needs pipeline-parallel processes, and "
+                "parallel.pipeline = 1 is one; set parallel.pipeline, or leave "
+                "virtual_pipeline out"
+            )
+        return
+    prefix = model.num_layers - model.num_suffix_layers
+    if prefix < turns * size - 1:
+        stages = f"parallel.pipeline = {size}"
+        stages += f" times parallel.virtual_pipeline = {turns}" if turns > 1 else ""
+        yield (
+            f"{stages} makes more stages than the {prefix} blocks before the suffix "
+            "can fill: all stages but the last, which holds the suffix, need a block"
+        )
+    if turns > 1:
+        count = training.global_batch_size // (training.micro_batch_size * parallel.data)
+        if count % size:
+            yield (
+                f"parallel.virtual_pipeline = {turns} takes micro-batches in groups of "
+                f"parallel.pipeline = {size}, and {count} make a step of a replica; change "
+                "training.global_batch_size or training.micro_batch_size"
+            )

@@ -13,6 +13,7 @@ from ttt_megatron.meta.part import WHOLE, Part
 from ttt_megatron.meta.problem import InnerSettings, Problem, chunk_token_weights
 from ttt_megatron.model.init import initialize
 from ttt_megatron.model.slots import Slots
+from ttt_megatron.model.stage import Stage
 from ttt_megatron.model.transformer import LanguageModel
 from ttt_megatron.tracing import span
 
@@ -38,7 +39,7 @@ class LearnerOutput:
 
 
 class Learner(nn.Module):
-    """A language model that learns while it reads, ready to be trained.
+    """A language model that learns while it reads, ready to be trained; or a stage of one.
 
     dtype is that of the parameters (float32, or float64), compute_dtype that of activations.
     """
@@ -53,12 +54,13 @@ class Learner(nn.Module):
         recompute_prefix: bool = False,
         seed: int = 1,
         slots: Slots | None = None,
+        stage: Stage | None = None,
     ) -> None:
         super().__init__()
         self.inner = inner
         self.compute_dtype = compute_dtype or dtype
         self.recompute_prefix = recompute_prefix
-        self.model = LanguageModel(model_config, slots).to(dtype)
+        self.model = LanguageModel(model_config, slots, stage).to(dtype)
         initialize(self.model, model_config, seed)
 
     @property
@@ -123,19 +125,28 @@ class Learner(nn.Module):
         return inner_steps and self.model.config.num_suffix_layers > 0
 
     def run_prefix(
-        self, tokens: Tensor, part: Part = WHOLE, *, inner_steps: bool | None = None
+        self,
+        tokens: Tensor,
+        part: Part = WHOLE,
+        *,
+        stream: Tensor | None = None,
+        inner_steps: bool | None = None,
     ) -> Tensor:
         """The first half of `forward`, up to where inner steps matter: [b, T, H].
 
-        Without inner steps that is up to the output head.
+        Without inner steps that is up to the output head. A stage but the first goes on from the
+        `stream` of the one before, and a stage but the last returns its own.
         """
-        if not self.takes_steps(inner_steps):
-            return self.model.hidden_states(tokens, self.compute_dtype, self.recompute_prefix, part)
+        model, again = self.model, self.recompute_prefix
         with span("prefix forward"):
-            x = self.model.embed(tokens, self.compute_dtype)
-            rotation = self.model.rotations(part.start, tokens.shape[1], x)
-            x = self.model.prefix_blocks(x, rotation, self.recompute_prefix, part)
-            return self.model.enter_suffix(x, rotation, part)
+            x = model.embed(tokens, self.compute_dtype) if stream is None else stream
+            rotation = model.rotations(part.start, tokens.shape[1], x)
+            if self.takes_steps(inner_steps):
+                x = model.prefix_blocks(x, rotation, again, part)
+                return model.enter_suffix(x, rotation, part) if model.stage.is_last else x
+            x = model.plain_blocks(x, rotation, again, part)
+            normed: Tensor = model.final_norm(x) if model.stage.is_last else x
+            return normed
 
     def run_suffix(
         self,

@@ -19,36 +19,50 @@ from ttt_megatron.model.mlp import FastMLP
 from ttt_megatron.model.ops import Operand
 from ttt_megatron.model.part import WHOLE, SequencePart
 from ttt_megatron.model.slots import Slots
+from ttt_megatron.model.stage import Stage
 
 
 class LanguageModel(nn.Module):
-    """Decoder-only transformer with prime MLPs in its last blocks.
+    """Decoder-only transformer with prime MLPs in its last blocks; or a stage of one.
+
+    A stage has the parameters of its own blocks, by their names in the whole. One that is last
+    holds a tied embedding too, as its head.
 
     Raises ValueError if the configuration has no vocabulary size.
     """
 
-    def __init__(self, config: ModelConfig, slots: Slots | None = None) -> None:
+    def __init__(
+        self, config: ModelConfig, slots: Slots | None = None, stage: Stage | None = None
+    ) -> None:
         super().__init__()
         slots = slots or Slots()
+        stage = stage or Stage(0, config.num_layers)
         if config.vocab_size is None:
             raise ValueError("model.vocab_size is not set")
         self.config = config
         self.slots = slots
+        self.stage = stage
         self.head_dim = config.hidden_size // config.num_heads
         self.num_prefix_layers = config.num_layers - config.num_suffix_layers
-        self.embedding = slots.embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(
-            Block(config, slots, prime=index >= self.num_prefix_layers)
-            for index in range(config.num_layers)
+        if stage.is_first or (stage.is_last and config.tie_embeddings):
+            self.embedding = slots.embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleDict(
+            {
+                str(index): Block(config, slots, prime=index >= self.num_prefix_layers)
+                for index in range(stage.first, stage.stop)
+            }
         )
-        self.final_norm = slots.norm(config.hidden_size, config.norm_eps)
         self.output: nn.Module | None = None
-        if not config.tie_embeddings:
-            self.output = slots.column(config.hidden_size, config.vocab_size)
+        if stage.is_last:
+            self.final_norm = slots.norm(config.hidden_size, config.norm_eps)
+            if not config.tie_embeddings:
+                self.output = slots.column(config.hidden_size, config.vocab_size)
 
     def blocks(self, start: int = 0, stop: int | None = None) -> list[Block]:
-        """Blocks start … stop−1."""
-        chosen = list(self.layers)[start:stop]
+        """Blocks start … stop−1, or those of them that this stage holds."""
+        stop = self.config.num_layers if stop is None else stop
+        held = range(max(start, self.stage.first), min(stop, self.stage.stop))
+        chosen = [self.layers[str(index)] for index in held]
         return [block for block in chosen if isinstance(block, Block)]
 
     @property
@@ -82,7 +96,10 @@ class LanguageModel(nn.Module):
         recompute: bool = False,
         part: SequencePart = WHOLE,
     ) -> Tensor:
-        """The first L − S blocks over all tokens at once: the stream that enters the suffix."""
+        """The first L − S blocks over all tokens at once: the stream that enters the suffix.
+
+        A stage runs those of them that it holds.
+        """
         for block in self.blocks(0, self.num_prefix_layers):
             x = run_whole(block, x, rotation, recompute, part)
         return x
@@ -112,20 +129,17 @@ class LanguageModel(nn.Module):
             own.append(kv)
         return self.final_norm(x), own
 
-    def hidden_states(
+    def plain_blocks(
         self,
-        tokens: Tensor,
-        dtype: torch.dtype,
+        x: Tensor,
+        rotation: Tensor,
         recompute: bool = False,
         part: SequencePart = WHOLE,
     ) -> Tensor:
-        """The plain model, prime MLPs static: [b, T] int64 → [b, T, H] after the final norm."""
-        x = self.embed(tokens, dtype)
-        rotation = self.rotations(part.start, tokens.shape[1], x)
+        """The plain model, prime MLPs static: the stream [b, T, H] after all blocks."""
         for block in self.blocks():
             x = run_whole(block, x, rotation, recompute, part)
-        normed: Tensor = self.final_norm(x)
-        return normed
+        return x
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., H] → [..., V] in the compute dtype."""

@@ -21,8 +21,9 @@ from torch.distributed import ProcessGroup, Work
 from ttt_megatron.tracing import span
 
 Direction = Literal["forward", "backward"]
-Kind = Literal["halo", "state"]
-"""Keys and values in the prefix, or the inner loop's state; or the cotangents of either."""
+Kind = Literal["halo", "state", "stream"]
+"""Keys and values in the prefix, the inner loop's state, or the stream from one pipeline stage to
+the next; or the cotangents of any of them."""
 
 
 class Channel:

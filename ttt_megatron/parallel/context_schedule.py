@@ -9,24 +9,22 @@ from collections import deque
 from collections.abc import Callable
 from typing import TypeVar
 
-from ttt_megatron.parallel.context_links import ContextLinks
-
 Passed = TypeVar("Passed")
 
 
 def one_forward_one_backward(
     num_micro_batches: int,
-    links: ContextLinks,
+    ahead: int,
     forward: Callable[[int], Passed],
     backward: Callable[[int, Passed], None],
 ) -> None:
     """Run `forward(i)` and `backward(i, its result)` for every micro-batch, each in order.
 
-    Rank r runs size − 1 − r forward passes ahead, so that it holds at most size − r micro-batches
-    at a time: one whole sequence's worth on rank 0. Any number of micro-batches will do. On
-    return everything sent has arrived.
+    The rank runs `ahead` forward passes ahead: as many as there are ranks behind it in the chain,
+    of parts and of pipeline stages, that a forward pass goes through. It holds at most ahead + 1
+    micro-batches at a time: of parts, one whole sequence's worth on rank 0. Any number of
+    micro-batches will do.
     """
-    ahead = links.size - 1 - links.rank
     waiting: deque[tuple[int, Passed]] = deque()
     for index in range(num_micro_batches):
         waiting.append((index, forward(index)))
@@ -34,4 +32,3 @@ def one_forward_one_backward(
             backward(*waiting.popleft())
     while waiting:
         backward(*waiting.popleft())
-    links.settle()

@@ -17,9 +17,17 @@ from ttt_megatron.meta.learner import LearnerOutput
 from ttt_megatron.meta.part import Part
 from ttt_megatron.parallel.context_links import ContextLinks
 from ttt_megatron.parallel.context_schedule import one_forward_one_backward
-from ttt_megatron.parallel.context_tasks import PartBatch, PartPasses, zigzag_order
+from ttt_megatron.parallel.context_tasks import (
+    DEBTS,
+    SHARES,
+    PartBatch,
+    PartPasses,
+    zigzag_order,
+)
 from ttt_megatron.parallel.replica import learner_of
+from ttt_megatron.parallel.stage_links import StageLinks
 from ttt_megatron.parallel.standins import megatron_scope
+from ttt_megatron.planning.schedules import PhaseSeconds
 
 Measured = TypeVar("Measured")
 
@@ -29,28 +37,46 @@ def context_forward_backward(
     links: ContextLinks,
     num_micro_batches: int,
     forward: Callable[[int], tuple[Tensor, Measured]],
+    stages: StageLinks | None = None,
 ) -> list[Measured]:
     """Leaves the mean gradient of the global batch in the DDP's buffers, reduced over the ranks.
 
     `forward(i)` runs micro-batch i through `ddp` and returns this part's loss and anything else;
-    the latter is returned, of all micro-batches. Takes the place of mcore's schedule without
-    pipelining, whose last micro-batch is likewise the one that lets the gradients be reduced.
+    the latter is returned, of all micro-batches. Where `ddp` holds a pipeline stage but the last,
+    it returns the stream that leaves it, and what came in is `stages`' too. Takes the place of
+    mcore's schedules, whose last micro-batch is likewise the one that lets the gradients be
+    reduced.
     """
     scale = links.size / num_micro_batches
+    ahead = links.size - 1 - links.rank
+    ends_here = stages is None or stages.is_last
+    if stages is not None:
+        ahead += stages.size - 1 - stages.rank
     measured: list[Measured] = []
 
     def run_forward(index: int) -> Tensor:
-        loss, other = forward(index)
-        measured.append(other)
-        return loss
+        out, other = forward(index)
+        if ends_here:
+            measured.append(other)
+        else:
+            assert stages is not None
+            stages.send_stream(out)
+        return out
 
-    def run_backward(index: int, loss: Tensor) -> None:
+    def run_backward(index: int, out: Tensor) -> None:
         is_last = index == num_micro_batches - 1
         with nullcontext() if is_last else ddp.no_sync():
-            (loss * scale).backward()
+            if ends_here:
+                (out * scale).backward()
+            else:
+                assert stages is not None
+                out.backward(stages.receive_cotangent(out))
 
     with megatron_scope():
-        one_forward_one_backward(num_micro_batches, links, run_forward, run_backward)
+        one_forward_one_backward(num_micro_batches, ahead, run_forward, run_backward)
+        links.settle()
+        if stages is not None:
+            stages.settle()
         get_model_config(ddp).finalize_model_grads_func([ddp])
     return measured
 
@@ -63,11 +89,14 @@ def zigzag_forward_backward(
     batch: Callable[[int, int], PartBatch],
     inner_lr: float | None,
     measure: Callable[[LearnerOutput], Measured],
+    seconds: PhaseSeconds = SHARES,
+    debts: int | None = DEBTS,
 ) -> dict[tuple[int, int], Measured]:
     """The same with two parts a rank, by `zigzag_order`; the links must be zigzag ones.
 
     `batch(i, p)` is part p (of `links.own_parts`) of micro-batch i; returned is what `measure`
-    makes of the outputs, by (i, p).
+    makes of the outputs, by (i, p). `seconds` and `debts` are the order's: which backward passes
+    are split, and of how many parts slow weights' gradients are put off at a time.
     """
     passes = PartPasses(
         learner=learner_of(ddp),
@@ -79,9 +108,11 @@ def zigzag_forward_backward(
     )
     with megatron_scope():
         with ddp.no_sync():
-            passes.run(zigzag_order(num_micro_batches, links.size, links.rank), links)
+            order = zigzag_order(num_micro_batches, links.size, links.rank, seconds, debts)
+            passes.run(order, links)
         # Backward passes of several micro-batches mix, so that no one of them is the last to
-        # touch every parameter: reductions start when all are done.
+        # touch every parameter, and gradients that were put off run no hooks: reductions start
+        # when all are done.
         if ddp.ddp_config.overlap_grad_reduce:
             ddp.start_grad_sync()
         get_model_config(ddp).finalize_model_grads_func([ddp])

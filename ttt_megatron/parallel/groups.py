@@ -1,7 +1,7 @@
 """Process groups: one place that starts them, one that ends them."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -14,9 +14,13 @@ from megatron.core import parallel_state
 from ttt_megatron.config.schema import ParallelConfig
 from ttt_megatron.errors import UserError
 from ttt_megatron.parallel.context_links import ContextLinks, context_links
+from ttt_megatron.parallel.lost_ranks import telling_of_lost_ranks
+from ttt_megatron.parallel.meeting import DEFAULT_TIMEOUT, Meeting, meet
+from ttt_megatron.parallel.stage_links import StageLinks, stage_links
 from ttt_megatron.parallel.standins import install_standins
 
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+Check = Callable[[Meeting, torch.device], None]
+"""What processes make sure of together when they have met, before any group is made."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,9 +28,10 @@ class Groups:
     """This process's place in the run.
 
     `rank` of `world_size` processes, `data_rank` of `data_size` data-parallel ones. A replica is
-    shared by `context_size` × `tensor_size` processes: `context_rank` says which part of the
-    sequences this one reads, `tensor_rank` which part of the matrices it holds. `links` connects
-    it with the other parts of its sequences, if there are any. `device` is where it computes.
+    shared by `pipeline_size` × `context_size` × `tensor_size` processes: `pipeline_rank` says which
+    blocks this one holds, `context_rank` which part of the sequences it reads, `tensor_rank` which
+    part of the matrices it holds. `links` connects it with the other parts of its sequences,
+    `stages` with the other blocks, if there are any. `device` is where it computes.
     """
 
     rank: int
@@ -37,6 +42,9 @@ class Groups:
     tensor_size: int
     context_rank: int
     context_size: int
+    pipeline_rank: int
+    pipeline_size: int
+    stages: StageLinks | None
     links: ContextLinks | None
     device: torch.device
 
@@ -51,7 +59,7 @@ class Groups:
         return self.data_rank * self.context_size + self.context_rank
 
     def sum_shares(self, values: torch.Tensor) -> torch.Tensor:
-        """Sums a tensor over the replicas and the parts of sequences, in place; returns it.
+        """Sums a tensor over the replicas, parts of sequences and stages, in place; returns it.
 
         Tensor-parallel ranks hold the same values. They all take part, so that every rank gets
         the very same sum and what it decides by it is what the others decide.
@@ -70,6 +78,17 @@ class Groups:
         gathered: list[Any] = [None] * self.world_size
         dist.all_gather_object(gathered, value)
         return gathered
+
+    def union(self, values: set[str]) -> set[str]:
+        """What any rank has, on every rank."""
+        return set().union(*self.gather_objects(values))
+
+    def settle(self) -> None:
+        """Waits until everything sent to other parts and stages has arrived."""
+        if self.links is not None:
+            self.links.settle()
+        if self.stages is not None:
+            self.stages.settle()
 
     def barrier(self) -> None:
         """Waits for every rank."""
@@ -100,35 +119,52 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
 
 @contextmanager
 def process_groups(
-    device_name: str = "auto", parallel: ParallelConfig | None = None
+    device_name: str = "auto", parallel: ParallelConfig | None = None, check: Check | None = None
 ) -> Iterator[Groups]:
     """Starts torch.distributed and mcore's groups, as `processes` and `layout` do; ends both."""
-    with processes(device_name) as device, layout(device, parallel) as groups:
+    with (
+        processes(device_name, _timeout(parallel), check) as device,
+        layout(device, parallel) as groups,
+    ):
         yield groups
 
 
+def _timeout(parallel: ParallelConfig | None) -> timedelta:
+    return DEFAULT_TIMEOUT if parallel is None else timedelta(minutes=parallel.timeout_minutes)
+
+
 @contextmanager
-def processes(device_name: str = "auto") -> Iterator[torch.device]:
+def processes(
+    device_name: str = "auto", timeout: timedelta = DEFAULT_TIMEOUT, check: Check | None = None
+) -> Iterator[torch.device]:
     """Starts torch.distributed (gloo on CPU, NCCL on CUDA), ends it on exit; yields the device.
 
     Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT as torchrun sets them. Where
-    they are absent this is a one-process group of its own.
+    they are absent this is a one-process group of its own. `timeout` is that of every collective.
+
+    Raises UserError as `meet` and `check` do, and LostRankError where another rank is gone or does
+    not answer within the timeout.
     """
     install_standins()
     device = choose_device(device_name, int(os.environ.get("LOCAL_RANK", "0")))
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
-    else:
+    meeting = meet(timeout)
+    if check is not None:
+        check(meeting, device)
+    with telling_of_lost_ranks(meeting):
         dist.init_process_group(
-            backend, store=dist.HashStore(), rank=0, world_size=1, timeout=COLLECTIVE_TIMEOUT
+            backend,
+            store=dist.PrefixStore("groups", meeting.store),
+            rank=meeting.rank,
+            world_size=meeting.world_size,
+            timeout=timeout,
         )
-    try:
-        yield device
-    finally:
-        dist.destroy_process_group()
+        try:
+            yield device
+        finally:
+            dist.destroy_process_group()
 
 
 @contextmanager
@@ -147,14 +183,26 @@ def layout(device: torch.device, parallel: ParallelConfig | None = None) -> Iter
         )
     tensor = parallel.tensor if parallel is not None else 1
     context = parallel.context if parallel is not None else 1
+    pipeline = parallel.pipeline if parallel is not None else 1
+    turns = parallel.virtual_pipeline if parallel is not None else 1
+    timeout = _timeout(parallel)
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=tensor, context_parallel_size=context
+        tensor_model_parallel_size=tensor,
+        context_parallel_size=context,
+        pipeline_model_parallel_size=pipeline,
+        virtual_pipeline_model_parallel_size=turns if turns > 1 else None,
+        distributed_timeout_minutes=timeout.total_seconds() / 60,
     )
     try:
         links = None
         if context > 1:
             group = parallel_state.get_context_parallel_group()
-            links = context_links(group, COLLECTIVE_TIMEOUT)
+            links = context_links(group, timeout)
+        stages = None
+        if pipeline > 1:
+            group = parallel_state.get_pipeline_model_parallel_group()
+            token_parts = tensor if parallel is not None and parallel.sequence_parallel else 1
+            stages = stage_links(group, turns, token_parts, timeout)
         yield Groups(
             rank=dist.get_rank(),
             world_size=size,
@@ -164,6 +212,9 @@ def layout(device: torch.device, parallel: ParallelConfig | None = None) -> Iter
             tensor_size=tensor,
             context_rank=parallel_state.get_context_parallel_rank(),
             context_size=context,
+            pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+            pipeline_size=pipeline,
+            stages=stages,
             links=links,
             device=device,
         )

@@ -1,5 +1,6 @@
-"""The learner as megatron-core sees it: a module with a Transformer configuration, in its DDP."""
+"""The learner as megatron-core sees it: modules with a Transformer configuration, in its DDP."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,32 +12,84 @@ from megatron.core.distributed import (
 from megatron.core.enums import ModelType
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
-from torch import nn
+from torch import Tensor, nn
 
 from ttt_megatron.config.schema import ModelConfig, ParallelConfig
+from ttt_megatron.meta.learner import LearnerOutput
+from ttt_megatron.meta.part import WHOLE, Part
 from ttt_megatron.model.slots import Slots
 from ttt_megatron.parallel.standins import megatron_scope
 from ttt_megatron.parallel.tensor_layers import tensor_parallel_slots
 
 
 class Replica(MegatronModule):
-    """A data-parallel copy of the learner, or this rank's part of one; calls go through to it."""
+    """A data-parallel copy of the learner, or this rank's part of one; calls go through to it.
 
-    def __init__(self, config: TransformerConfig, learner: nn.Module) -> None:
+    Of a learner that is a pipeline stage, `number` tells it from others on the same rank.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, learner: nn.Module, number: int | None = None
+    ) -> None:
         super().__init__(config)
         self.model_type = ModelType.encoder_or_decoder
         self.learner = learner
+        self.vp_stage = number
+        self._stream: Tensor | None = None
+        model: Any = getattr(learner, "model", None)
+        self.pre_process = model is None or model.stage.is_first
+        self.post_process = model is None or model.stage.is_last
+        self.share_embeddings_and_output_weights = False
+        if self.pre_process != self.post_process and model.config.tie_embeddings:
+            self._share_embedding()
+
+    def _share_embedding(self) -> None:
+        """First and last stage hold a tied embedding each: their gradients are to be summed."""
+        self.share_embeddings_and_output_weights = True
+        weight: Any = self.shared_embedding_or_output_weight()
+        # A bucket of its own, so that both stages spread its state over replicas the same way.
+        weight.shared_embedding = True
+        # The gradient's norm counts the first stage's alone.
+        weight.shared = not self.pre_process
+
+    def shared_embedding_or_output_weight(self) -> nn.Parameter:
+        """The embedding of a first or last stage."""
+        learner: Any = self.learner
+        weight: nn.Parameter = learner.model.embedding.weight
+        return weight
 
     def set_input_tensor(self, input_tensor: Any) -> None:
-        """The schedules hand over the previous pipeline stage's output; there is one stage."""
+        """What the schedule received from the previous pipeline stage, for the next forward."""
+        self._stream = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
 
     def forward(self, *args: Any) -> Any:
-        """The learner's forward."""
-        return self.learner(*args)
+        """The learner's forward; of a stage but the last, the stream [b, T, H] that leaves it."""
+        if self.pre_process and self.post_process:
+            return self.learner(*args)
+        return self._run_stage(*args)
+
+    def _run_stage(
+        self, tokens: Tensor, targets: Tensor, mask: Tensor, inner_lr: float, part: Part = WHOLE
+    ) -> LearnerOutput | Tensor:
+        """From the stream that was set, of as many elements in whatever shape."""
+        learner: Any = self.learner
+        stream, self._stream = self._stream, None
+        if stream is not None:
+            stream = stream.view(len(tokens), -1, learner.model.config.hidden_size)
+        left: Tensor = learner.run_prefix(tokens, part, stream=stream)
+        if not self.post_process:
+            return left
+        output: LearnerOutput = learner.run_suffix(left, targets, mask, inner_lr, part)
+        return output
 
 
-def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:
-    """What mcore's layers, DDP and schedules want to know of the model."""
+def transformer_config(
+    model: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype = torch.float32
+) -> TransformerConfig:
+    """What mcore's layers, DDP and schedules want to know of the model.
+
+    dtype is that of the stream that goes from one pipeline stage to the next.
+    """
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -46,6 +99,13 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> Transfor
         tensor_model_parallel_size=parallel.tensor,
         context_parallel_size=parallel.context,
         sequence_parallel=parallel.sequence_parallel,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=(
+            parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
+        ),
+        pipeline_dtype=dtype,
+        # Batched, the interleaved schedule's messages get mixed up between two gloo processes.
+        batch_p2p_comm=False,
         # A rank's gradient of these gains covers its own heads: finalize_model_grads sums them.
         qk_layernorm=True,
         # Layers are made on the CPU and left to the learner to fill.
@@ -68,20 +128,26 @@ def layer_slots(model: ModelConfig, parallel: ParallelConfig) -> Slots:
 
 
 def replicate(
-    learner: nn.Module,
+    learners: Sequence[nn.Module],
     model: ModelConfig,
     parallel: ParallelConfig,
     *,
     bucket_size: int | None = None,
-) -> DistributedDataParallel:
-    """Wraps a learner, already on its device, in mcore's DDP, ready for a distributed optimizer.
+) -> list[DistributedDataParallel]:
+    """Wraps learners, already on their device, in mcore's DDP, ready for a distributed optimizer.
 
-    Its parameters become views of one contiguous buffer; gradients arrive in `main_grad`, averaged
-    over the data × context ranks. `bucket_size` (parameters a bucket; None is mcore's choice)
-    matters only where communication overlaps computation.
+    They are this rank's pipeline stages, mostly one. Its parameters become views of one contiguous
+    buffer; gradients arrive in `main_grad`, averaged over the data × context ranks. `bucket_size`
+    (parameters a bucket; None is mcore's choice) matters only where communication overlaps
+    computation.
     """
-    config = transformer_config(model, parallel)
-    replica = Replica(config, learner)
+    dtype = getattr(learners[0], "compute_dtype", torch.float32)
+    config = transformer_config(model, parallel, dtype)
+    several = len(learners) > 1
+    replicas = [
+        Replica(config, learner, number if several else None)
+        for number, learner in enumerate(learners)
+    ]
     ddp_config = DistributedDataParallelConfig(
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
@@ -91,10 +157,18 @@ def replicate(
         grad_reduce_in_fp32=False,
     )
     with megatron_scope():
-        ddp = DistributedDataParallel(config, ddp_config, replica)
+        chunks = [
+            DistributedDataParallel(config, ddp_config, replica, disable_bucketing=number > 0)
+            for number, replica in enumerate(replicas)
+        ]
     config.finalize_model_grads_func = finalize_model_grads
-    config.no_sync_func = ddp.no_sync
-    return ddp
+    config.no_sync_func = [chunk.no_sync for chunk in chunks] if several else chunks[0].no_sync
+    return chunks
+
+
+def is_second_copy(parameter: nn.Parameter) -> bool:
+    """Whether another pipeline stage holds this parameter too, and stands for it."""
+    return bool(getattr(parameter, "shared", False))
 
 
 def learner_of(ddp: DistributedDataParallel) -> Any:

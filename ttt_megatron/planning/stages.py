@@ -1,5 +1,21 @@
 """Cutting the model into pipeline stages: prefix blocks in front, the suffix whole at the end."""
 
+from ttt_megatron.config.schema import RunConfig
+from ttt_megatron.planning.step_work import step_work
+
+
+def stage_blocks(config: RunConfig, stages: int, parts: int) -> list[int]:
+    """Prefix blocks of each of `parts` parts that lie on `stages` stages in turn, by their FLOPs.
+
+    The vocabulary's size must be known.
+    """
+    work = step_work(config)
+    block = work.block_forward + work.block_backward + work.block_weights
+    rest = work.total.flops - block.flops * work.prefix_blocks
+    if parts == 1:
+        return [work.prefix_blocks]
+    return cut_prefix(work.prefix_blocks, parts, stages, block.flops, rest)
+
 
 def cut_prefix(
     blocks: int, parts: int, stages: int, block_cost: float, end_cost: float

@@ -12,13 +12,13 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.distributed import DistributedDataParallel
+from torch import nn
 
 from ttt_megatron.config import to_yaml
 from ttt_megatron.config.schema import RunConfig
 from ttt_megatron.data.tokenizer import META_FILE, TOKENIZER_FILE
 from ttt_megatron.parallel.groups import Groups
-from ttt_megatron.parallel.replica import learner_of, settle_parameters
+from ttt_megatron.parallel.replica import is_second_copy
 from ttt_megatron.parallel.standins import megatron_scope
 from ttt_megatron.training.checkpoint_folder import (
     CHECKPOINTS,
@@ -33,7 +33,7 @@ from ttt_megatron.training.checkpoint_folder import (
     unfinished_path,
     write_info,
 )
-from ttt_megatron.training.optimizer import OuterOptimizer
+from ttt_megatron.training.engine import Engine
 from ttt_megatron.training.sharding import joined, sharded
 from ttt_megatron.training.weights import refuse_other_parameters
 
@@ -46,17 +46,30 @@ filesystem_async._results_queue = queue.SimpleQueue()
 class RunParts:
     """What a checkpoint holds tensors of."""
 
-    ddp: DistributedDataParallel
-    optimizer: OuterOptimizer
+    engine: Engine
     groups: Groups
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """This rank's parameters, of all its pipeline stages."""
+        return {
+            name: parameter
+            for learner in self.engine.learners
+            for name, parameter in learner.named_parameters()
+        }
 
 
 def _model_state(parts: RunParts) -> dict[str, list[ShardedTensor]]:
     """This rank's part of every parameter; the data × context copies of it are the same."""
     groups = parts.groups
     return {
-        name: sharded(f"{MODEL_KEY}.{name}", name, parameter, groups, groups.copy_rank)
-        for name, parameter in learner_of(parts.ddp).named_parameters()
+        name: sharded(
+            f"{MODEL_KEY}.{name}",
+            name,
+            parameter,
+            groups,
+            groups.copy_rank + is_second_copy(parameter) * groups.world_size,
+        )
+        for name, parameter in parts.named_parameters().items()
     }
 
 
@@ -94,10 +107,10 @@ def save_checkpoint(
     if groups.is_main:
         (beside / STATE).mkdir(parents=True)
     groups.barrier()
-    settle_parameters(parts.ddp)
+    parts.engine.settle()
     state = {
         MODEL_KEY: _model_state(parts),
-        "optimizer": parts.optimizer.state_to_save(groups),
+        "optimizer": parts.engine.state_to_save(groups),
         "trainer": trainer_state,
         "random": groups.broadcast_object(_random_state() if groups.is_main else None),
     }
@@ -119,11 +132,11 @@ def load_checkpoint(parts: RunParts, checkpoint: Path) -> dict[str, Any]:
     Collective; works under any layout, whichever the checkpoint was saved under. Raises UserError
     if the checkpoint's parameters are not this model's.
     """
-    learner = learner_of(parts.ddp)
-    refuse_other_parameters({n for n, _ in learner.named_parameters()}, checkpoint)
+    parameters = parts.named_parameters()
+    refuse_other_parameters(parts.groups.union(set(parameters)), checkpoint)
     wanted = {
         MODEL_KEY: _model_state(parts),
-        "optimizer": parts.optimizer.state_to_load(parts.groups),
+        "optimizer": parts.engine.state_to_load(parts.groups),
     }
     with megatron_scope():
         state = dist_checkpointing.load(
@@ -133,9 +146,9 @@ def load_checkpoint(parts: RunParts, checkpoint: Path) -> dict[str, Any]:
             validate_access_integrity=False,
         )
     with torch.no_grad():
-        for name, parameter in learner.named_parameters():
+        for name, parameter in parameters.items():
             parameter.copy_(joined(name, state[MODEL_KEY][name]))
-    parts.optimizer.load_state_dict(state["optimizer"])
+    parts.engine.load_state_dict(state["optimizer"])
     _set_random_state(state["random"])
     trainer_state: dict[str, Any] = state["trainer"]
     return trainer_state

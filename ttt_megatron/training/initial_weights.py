@@ -8,12 +8,14 @@ steps included.
 """
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from ttt_megatron.errors import UserError
 from ttt_megatron.meta.learner import Learner
+from ttt_megatron.parallel.groups import Groups
 from ttt_megatron.training.checkpoint_folder import resolve_checkpoint
 from ttt_megatron.training.weights import read_weights
 
@@ -24,10 +26,13 @@ _PRIME_POST_NORM = ".prime_post_norm."
 
 
 @torch.no_grad()
-def start_from(learner: Learner, source: Path | str) -> Path:
+def start_from(
+    learners: Sequence[Learner], source: Path | str, groups: Groups | None = None
+) -> Path:
     """Copies the weights of a run or checkpoint into a fresh learner; returns the checkpoint.
 
-    A rank that holds a part of the model takes its part.
+    A rank that holds parts of the model, as several learners may be, takes its parts; the
+    `groups` put the whole together, and the call is collective.
 
     Raises UserError naming the parameter that differs in shape, or that only one side has. Prime
     MLPs that the source lacks altogether are added as the module's docstring says.
@@ -35,8 +40,10 @@ def start_from(learner: Learner, source: Path | str) -> Path:
     checkpoint = resolve_checkpoint(Path(source))
     weights = read_weights(checkpoint)
     extends = not any(_PRIME in name for name in weights)
-    parameters, slots = dict(learner.named_parameters()), learner.model.slots
-    _check_names(set(parameters), set(weights), checkpoint, extends)
+    slots = learners[0].model.slots
+    parameters = {name: p for learner in learners for name, p in learner.named_parameters()}
+    names = set(parameters) if groups is None else groups.union(set(parameters))
+    _check_names(names, set(weights), checkpoint, extends)
     for name, parameter in parameters.items():
         if name not in weights:
             if _PRIME_POST_NORM in name:
@@ -50,14 +57,13 @@ def start_from(learner: Learner, source: Path | str) -> Path:
                 f"make the model sections equal"
             )
         parameter.copy_(slots.take_part(name, weights[name]))
-    added = sum(
-        slots.whole_shape(name, parameters[name].shape).numel()
-        for name in parameters.keys() - weights.keys()
-    )
+    added = len(names - weights.keys())
     logger.info(
         "weights from %s%s",
         checkpoint,
-        f"; {added:,} parameters of prime MLPs added, starting as the plain model" if added else "",
+        f"; prime MLPs ({added} matrices and gains) added, starting as the plain model"
+        if added
+        else "",
     )
     return checkpoint
 

@@ -9,7 +9,6 @@ import logging
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,8 +21,9 @@ from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 
 from ttt_megatron.config.schema import OptimizerConfig
 from ttt_megatron.parallel.groups import Groups
-from ttt_megatron.parallel.replica import learner_of, parameter_dtype
+from ttt_megatron.parallel.replica import is_second_copy, learner_of, parameter_dtype
 from ttt_megatron.parallel.standins import megatron_scope
+from ttt_megatron.training.engine import Update
 from ttt_megatron.training.optimizer_state import (
     AdamState,
     Moments,
@@ -33,19 +33,6 @@ from ttt_megatron.training.optimizer_state import (
     sharded_moments,
 )
 from ttt_megatron.training.schedule import learning_rate
-
-
-@dataclass(frozen=True, kw_only=True)
-class Update:
-    """What one call of `OuterOptimizer.step` did.
-
-    `grad_norm` is the L2 norm of the whole mean gradient before the clip; `applied` is False where
-    it was not finite and nothing changed.
-    """
-
-    grad_norm: float
-    learning_rate: float
-    applied: bool
 
 
 class OuterOptimizer:
@@ -125,7 +112,9 @@ class OuterOptimizer:
 
     def state_to_save(self, groups: Groups) -> dict[str, Any]:
         """Moments and update count for dist_checkpointing.save. Collective."""
-        moments = sharded_moments(self.gathered_moments(), groups)
+        own = {name for name, parameter in self._parameters() if not is_second_copy(parameter)}
+        gathered = {n: pair for n, pair in self.gathered_moments().items() if n in own}
+        moments = sharded_moments(gathered, groups)
         # No key at all where there are none: plain values must be equal on all ranks.
         return {"updates": self._updates} | ({"moments": moments} if moments else {})
 

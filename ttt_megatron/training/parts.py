@@ -1,4 +1,4 @@
-"""What a rank reads of a batch: all of it, or under context parallelism its part of every row."""
+"""What a rank reads of a batch: all of it, or under context parallelism its parts of every row."""
 
 from dataclasses import dataclass
 
@@ -20,17 +20,24 @@ class OwnTokens:
     mask: Tensor
     part: Part
 
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens, targets and mask."""
+        return self.tokens, self.targets, self.mask
 
-def own_part(batch: Batch, links: ContextLinks | None, learner: Learner) -> OwnTokens:
-    """This rank's part of a batch that all ranks of `links` have; the whole without links.
+
+def own_parts(batch: Batch, links: ContextLinks | None, learner: Learner) -> list[OwnTokens]:
+    """This rank's parts of a batch that all ranks of `links` have; the whole without links.
 
     Raises UserError if the rows cannot be cut into equal parts of whole chunks.
     """
     if links is None:
-        return OwnTokens(tokens=batch.tokens, targets=batch.targets, mask=batch.mask, part=WHOLE)
+        whole = OwnTokens(tokens=batch.tokens, targets=batch.targets, mask=batch.mask, part=WHOLE)
+        return [whole]
     length = part_length(batch.tokens.shape[1], learner.inner.chunk_size, links.num_parts)
-    [part] = context_parts(links, length, learner.model.config.window_size)
-    [tokens], [targets], [mask] = (
-        own_tokens(x, links) for x in (batch.tokens, batch.targets, batch.mask)
-    )
-    return OwnTokens(tokens=tokens, targets=targets, mask=mask, part=part)
+    parts = context_parts(links, length, learner.model.config.window_size)
+    tensors = (own_tokens(x, links) for x in (batch.tokens, batch.targets, batch.mask))
+    return [
+        OwnTokens(tokens=tokens, targets=targets, mask=mask, part=part)
+        for part, tokens, targets, mask in zip(parts, *tensors, strict=True)
+    ]

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ttt_megatron.training.optimizer import Update
+from ttt_megatron.training.engine import Update
 from ttt_megatron.training.step import Measurements
 
 

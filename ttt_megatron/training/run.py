@@ -18,15 +18,18 @@ from ttt_megatron.data.dataset import open_dataset
 from ttt_megatron.data.stream import TokenStream
 from ttt_megatron.errors import UserError
 from ttt_megatron.parallel.groups import Groups, process_groups
-from ttt_megatron.parallel.replica import layer_slots, replicate
+from ttt_megatron.parallel.meeting import Meeting
+from ttt_megatron.parallel.pipeline import own_stages
+from ttt_megatron.parallel.replica import layer_slots
 from ttt_megatron.tracing import start_trace, stop_trace
+from ttt_megatron.training.agreement import own_facts, require_agreement
 from ttt_megatron.training.callbacks import build_callbacks
 from ttt_megatron.training.callbacks.metrics_log import METRICS_FILE
 from ttt_megatron.training.callbacks.tracking import TRACKING_FILE, tracking_uri
 from ttt_megatron.training.checkpoint import RunParts, load_checkpoint
 from ttt_megatron.training.checkpoint_folder import CHECKPOINTS, read_config, sweep
 from ttt_megatron.training.initial_weights import start_from
-from ttt_megatron.training.optimizer import build_optimizer
+from ttt_megatron.training.megatron_engine import MegatronEngine
 from ttt_megatron.training.preflight import find_resumable
 from ttt_megatron.training.result import TrainingResult
 from ttt_megatron.training.resume import refuse_changes
@@ -62,9 +65,14 @@ def run_training(config: RunConfig, fresh: bool = False) -> TrainingResult:
     Goes on from the newest complete checkpoint of the output folder; with `fresh`, what lies there
     is put aside and the run starts over.
 
-    Raises UserError if another process trains in the folder, or as the parts it is made of do.
+    Raises UserError if another process trains in the folder, if the ranks disagree, or as the parts
+    it is made of do; LostRankError if another rank is gone or does not answer.
     """
-    with process_groups(config.training.device, config.parallel) as groups:
+
+    def agree(meeting: Meeting, device: torch.device) -> None:
+        require_agreement(meeting, own_facts(config, device))
+
+    with process_groups(config.training.device, config.parallel, agree) as groups:
         output = Path(config.training.output)
         with _locked(output) if groups.is_main else nullcontext():
             trainer = build_trainer(config, groups, fresh)
@@ -93,16 +101,15 @@ def build_trainer(config: RunConfig, groups: Groups, fresh: bool = False) -> Tra
     if checkpoint is not None:
         refuse_changes(read_config(checkpoint), config, str(checkpoint))
     _seed(training.seed)
-    learner = build_learner(config, layer_slots(config.model, config.parallel))
+    slots = layer_slots(config.model, config.parallel)
+    learners = [build_learner(config, slots, stage) for stage in own_stages(config, groups)]
     if checkpoint is None and training.init_from is not None:
-        start_from(learner, training.init_from)
-    ddp = replicate(learner.to(groups.device), config.model, config.parallel)
-    optimizer = build_optimizer([ddp], config.optimizer, training.steps)
+        start_from(learners, training.init_from, groups)
     data = config.data
     stream = TokenStream(open_dataset(data.path), data.sequence_length, data.packing, data.seed)
     trainer = Trainer(
         config=config,
-        parts=RunParts(ddp=ddp, optimizer=optimizer, groups=groups),
+        parts=RunParts(engine=MegatronEngine(learners, config, groups), groups=groups),
         stream=stream,
         callbacks=build_callbacks(config, groups),
     )

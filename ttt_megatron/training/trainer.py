@@ -16,11 +16,11 @@ from ttt_megatron.tracing import span
 from ttt_megatron.training.callbacks.base import Callback
 from ttt_megatron.training.checkpoint import RunParts, save_checkpoint
 from ttt_megatron.training.checkpoint_folder import CheckpointInfo
+from ttt_megatron.training.engine import Update
 from ttt_megatron.training.flops import model_flops_per_token
-from ttt_megatron.training.optimizer import Update
 from ttt_megatron.training.records import StepRecord
 from ttt_megatron.training.schedule import inner_learning_rate, learning_rate
-from ttt_megatron.training.step import forward_backward, reduce_measurements
+from ttt_megatron.training.step import reduce_measurements
 
 logger = logging.getLogger(__name__)
 
@@ -91,16 +91,15 @@ class Trainer:
         total = config.training.steps
         inner_lr = inner_learning_rate(config.inner, step, total)
         micro_batches = batch.to(self.parts.groups.device).split(config.training.micro_batch_size)
-        self.parts.optimizer.zero_grad()
-        measured = forward_backward(
-            self.parts.ddp, micro_batches, inner_lr, self.parts.groups.links
-        )
+        engine = self.parts.engine
+        engine.zero_grad()
+        measured = engine.forward_backward(micro_batches, inner_lr)
         measurements, self.stopped = reduce_measurements(
             measured, self.stop_signal is not None, self.parts.groups
         )
         if math.isfinite(measurements.loss):
             with span("optimizer"):
-                update = self.parts.optimizer.step(step)
+                update = engine.step(step)
         else:
             rate = learning_rate(config.optimizer, step, total)
             update = Update(grad_norm=math.nan, learning_rate=rate, applied=False)

@@ -13,6 +13,7 @@ from ttt_megatron.config.schema import RunConfig
 from ttt_megatron.errors import UserError
 from ttt_megatron.meta.learner import Learner
 from ttt_megatron.model.slots import Slots
+from ttt_megatron.model.stage import Stage
 from ttt_megatron.training.checkpoint_folder import (
     MODEL_KEY,
     STATE,
@@ -53,10 +54,12 @@ def refuse_other_parameters(names: set[str], checkpoint: Path) -> None:
             )
 
 
-def build_learner(config: RunConfig, slots: Slots | None = None) -> Learner:
+def build_learner(
+    config: RunConfig, slots: Slots | None = None, stage: Stage | None = None
+) -> Learner:
     """A freshly initialised learner on the CPU, with the run's precision.
 
-    `slots` are the layers of a rank's part of it; None builds all of it.
+    `slots` are the layers of a rank's part of it, `stage` its blocks; None builds all of it.
     """
     return Learner(
         config.model,
@@ -66,6 +69,7 @@ def build_learner(config: RunConfig, slots: Slots | None = None) -> Learner:
         recompute_prefix=config.training.recompute_prefix,
         seed=config.training.seed,
         slots=slots,
+        stage=stage,
     )
 
 

@@ -10,9 +10,9 @@ from ttt_megatron.config.schema import RunConfig
 from ttt_megatron.data.dataset import open_dataset
 from ttt_megatron.data.validation import ValidationSequences, validation_sequences
 from ttt_megatron.meta.part import Part
-from ttt_megatron.parallel.replica import learner_of, settle_parameters
+from ttt_megatron.parallel.pipeline import read_in_stages
 from ttt_megatron.training.callbacks.base import Callback
-from ttt_megatron.training.parts import own_part
+from ttt_megatron.training.parts import own_parts
 
 if TYPE_CHECKING:
     from ttt_megatron.training.records import StepRecord
@@ -53,19 +53,22 @@ class ValidationLoss(Callback):
         if self._sequences is None:
             return
         config, groups = trainer.config, trainer.parts.groups
-        settle_parameters(trainer.parts.ddp)
-        learner = learner_of(trainer.parts.ddp)
+        trainer.parts.engine.settle()
+        learners = trainer.parts.engine.learners
+        num_parts = groups.links.num_parts if groups.links is not None else 1
         micro = config.training.micro_batch_size
         count = len(self._sequences)
         # Loss, first chunk's, last chunk's, summed over sequences, and their number.
         sums = torch.zeros(4, dtype=torch.float64, device=groups.device)
         for first in range(groups.data_rank * micro, count, groups.data_size * micro):
             batch = self._sequences.batch(first, micro).to(groups.device)
-            own = own_part(batch, groups.links, learner)
-            output = learner(own.tokens, own.targets, own.mask, config.inner.lr, own.part)
-            sums += _sums(output.chunk_losses.double(), own.part, groups.context_size)
-        if groups.links is not None:
-            groups.links.settle()
+            for own in own_parts(batch, groups.links, learners[-1]):
+                output = read_in_stages(
+                    learners, groups.stages, own.tensors, config.inner.lr, own.part
+                )
+                if output is not None:
+                    sums += _sums(output.chunk_losses.double(), own.part, num_parts)
+        groups.settle()
         loss, first_chunk, last_chunk, total = groups.sum_shares(sums).tolist()
         trainer.report(
             {
