@@ -5,6 +5,7 @@ times) and a first-order implementation with a closed-form backward (`op.py`). A
 tensor with a leading axis of 2: index 0 the primal value, index 1 its tangent.
 """
 
+from ttt_kernels.deferred import WeightGradients, putting_off, weight_gradients
 from ttt_kernels.fast_linear.op import fast_linear, fast_linear_pair
 from ttt_kernels.linear.op import linear, linear_pair
 from ttt_kernels.linear_cross_entropy.op import linear_cross_entropy, linear_cross_entropy_pair
@@ -15,6 +16,7 @@ from ttt_kernels.swa_attention.op import swa_attention, swa_attention_pair
 from ttt_kernels.swiglu.op import swiglu, swiglu_pair
 
 __all__ = [
+    "WeightGradients",
     "fast_linear",
     "fast_linear_pair",
     "linear",
@@ -22,6 +24,7 @@ __all__ = [
     "linear_cross_entropy_pair",
     "linear_pair",
     "plain_definitions",
+    "putting_off",
     "rms_norm",
     "rms_norm_pair",
     "rope",
@@ -31,4 +34,5 @@ __all__ = [
     "swiglu",
     "swiglu_pair",
     "uses_plain_definitions",
+    "weight_gradients",
 ]

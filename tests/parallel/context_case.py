@@ -141,7 +141,7 @@ def _in_zigzag(case, links, learner, parts, batch) -> dict[int, list[LearnerOutp
         batch=batch,
         inner_lr=None,
         scale=1 / case.micro_batches,
-        measure=lambda output: output,
+        measure=lambda output, part: output,
     )
     place = case.micro_batches, links.size, links.rank
     passes.run(zigzag_order(*place, SPLITS[case.split], case.debts), links)

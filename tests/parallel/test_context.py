@@ -55,22 +55,32 @@ CASES = {
 ZIGZAG = {
     2: {
         "one micro-batch": Case(),
-        "two micro-batches": Case(micro_batches=2),
-        "five micro-batches": Case(micro_batches=5),
-        "window over parts": Case(model={"window_size": 21}, micro_batches=3),
-        "full attention": Case(model={"window_size": None}, micro_batches=3),
-        "plain model": Case(inner={"mode": "off"}, micro_batches=3),
+        "two micro-batches": Case(micro_batches=2, split="none"),
+        "five micro-batches": Case(micro_batches=5, split="both", debts=None),
+        "window over parts": Case(model={"window_size": 21}, micro_batches=3, debts=3),
+        "full attention": Case(model={"window_size": None}, micro_batches=3, split="none"),
+        "plain model": Case(inner={"mode": "off"}, micro_batches=3, split="both"),
         "two levels, recomputed prefix": Case(
             inner={"two_level": True, "segment_chunks": 1},
             learner={"recompute_prefix": True},
             micro_batches=3,
+            split="both",
         ),
+        "untied head, grouped queries, save_activations": Case(
+            model={"tie_embeddings": False, "num_kv_heads": 2, "num_suffix_layers": 3},
+            inner={"memory_policy": "save_activations"},
+            micro_batches=2,
+            split="both",
+        ),
+        "first order": Case(inner={"mode": "first_order"}, micro_batches=2),
     },
     4: {
-        "one micro-batch": Case(),
+        "one micro-batch": Case(split="both"),
         "three micro-batches": Case(model={"window_size": 11}, micro_batches=3),
-        "full attention": Case(model={"window_size": None}, micro_batches=2),
-        "nine micro-batches": Case(inner={"memory_policy": "save_all"}, micro_batches=9),
+        "full attention": Case(model={"window_size": None}, micro_batches=2, split="none"),
+        "nine micro-batches": Case(
+            inner={"memory_policy": "save_all"}, micro_batches=9, split="both", debts=2
+        ),
     },
 }
 ALL = {"plain": CASES, "zigzag": ZIGZAG}

@@ -85,7 +85,7 @@ def _sent_in_zigzag(case: Case, links: ContextLinks) -> dict[str, int]:
         batch=batch,
         inner_lr=None,
         scale=1.0,
-        measure=lambda output: None,
+        measure=lambda output, part: None,
     )
     passes.run(zigzag_order(MICRO_BATCHES, links.size, links.rank), links)
     return _sent(links)

@@ -70,7 +70,7 @@ def _zigzag(
         count,
         lambda index, part: batches[part][index],
         None,
-        lambda output: output.loss.detach(),
+        lambda output, part: output.loss.detach(),
         SPLITS[split],
     )
     return list(measured.values())

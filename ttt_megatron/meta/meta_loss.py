@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ttt_kernels import WeightGradients, putting_off, weight_gradients
 from ttt_megatron.meta import inner_step
 from ttt_megatron.meta.forward_sweep import (
     ChunkHistory,
@@ -39,10 +40,12 @@ class MetaRun:
     Chunks 0 … N−2 are followed by an inner step; the last one's loss is read with the final
     weights and needs none. (Of sequences in parts, only the last part has such a chunk.) Steps
     are taken in segments; with more than one segment, only the fast weights at segment starts are
-    kept, and a segment's history is made again by rerunning its forward sweep.
+    kept, and a segment's history is made again by rerunning its forward sweep. With `put_off` the
+    slow weights' gradients, all of them, are formed there later.
     """
 
     problem: Problem
+    put_off: WeightGradients | None = None
     prefix_output: Tensor = field(init=False)
     report: SweepReport = field(init=False)
     initial: list[Tensor] = field(init=False)
@@ -72,7 +75,7 @@ class MetaRun:
         kv = problem.new_kv()
         self.state = SweepState(fast, kv)
         problem.part.receive_state(problem.boundary(fast, kv, prefix_output))
-        self.slow = slow_leaves(problem)
+        self.slow = slow_leaves(problem, self.put_off)
         segments = self.segments()
         for index, segment in enumerate(segments):
             is_last = index == len(segments) - 1
@@ -105,8 +108,13 @@ class MetaRun:
     def backward(self, loss_scale: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """Run the reverse sweep: gradients of prefix output, slow weights, initial fast weights.
 
-        `loss_scale` is the cotangent of the loss, a scalar.
+        `loss_scale` is the cotangent of the loss, a scalar. The slow weights' are none where they
+        are put off.
         """
+        with putting_off(self.put_off):
+            return self._backward(loss_scale)
+
+    def _backward(self, loss_scale: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         problem = self.problem
         cotangents = Cotangents(
             [], problem.new_kv(), torch.empty_like(self.prefix_output), self.slow
@@ -127,7 +135,9 @@ class MetaRun:
                     chunk,
                     loss_scale,
                 )
-        slow = [torch.zeros_like(x) if x.grad is None else x.grad for x in self.slow]
+        slow = []
+        if self.put_off is None:
+            slow = [torch.zeros_like(x) if x.grad is None else x.grad for x in self.slow]
         self.slow = []
         return cotangents.prefix_output, slow, self._leave_at_the_start(cotangents)
 
@@ -183,10 +193,11 @@ def meta_loss(problem: Problem, prefix_output: Tensor) -> tuple[Tensor, MetaRun]
     """The loss over all chunks, differentiable once, through every inner step.
 
     prefix_output [b, T, H] is the output of `LanguageModel.enter_suffix`. Gradients reach the
-    suffix's parameters as outputs of one node, once a call.
+    suffix's parameters as outputs of one node, once a call; within `ttt_kernels.putting_off` the
+    slow ones' are formed with those put off.
     """
-    run = MetaRun(problem)
-    slow = [slot.tensor for slot in problem.slots]
+    run = MetaRun(problem, weight_gradients())
+    slow = [slot.tensor for slot in problem.slots] if run.put_off is None else []
     fast = inner_step.flatten(problem.model.initial_fast_weights())
     loss: Tensor = _MetaLoss.apply(run, prefix_output, len(slow), *slow, *fast)
     return loss, run

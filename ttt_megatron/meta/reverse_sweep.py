@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import ttt_kernels
+from ttt_kernels import WeightGradients
 from ttt_megatron.meta import inner_step
 from ttt_megatron.meta.forward_sweep import ChunkHistory
 from ttt_megatron.meta.pair import MovingWeight, Pair
@@ -56,9 +57,10 @@ def _leaf(x: Tensor) -> Tensor:
     return x.detach().requires_grad_()
 
 
-def slow_leaves(problem: Problem) -> list[Tensor]:
-    """Fresh leaves for the suffix's slow weights."""
-    return [_leaf(slot.tensor) for slot in problem.slots]
+def slow_leaves(problem: Problem, put_off: WeightGradients | None = None) -> list[Tensor]:
+    """Fresh leaves for the suffix's slow weights; with `put_off`, their stand-ins there."""
+    make = _leaf if put_off is None else put_off.stand_in
+    return [make(slot.tensor) for slot in problem.slots]
 
 
 def plain_graph(

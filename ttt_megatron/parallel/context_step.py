@@ -88,15 +88,15 @@ def zigzag_forward_backward(
     num_micro_batches: int,
     batch: Callable[[int, int], PartBatch],
     inner_lr: float | None,
-    measure: Callable[[LearnerOutput], Measured],
+    measure: Callable[[LearnerOutput, Part], Measured],
     seconds: PhaseSeconds = SHARES,
     debts: int | None = DEBTS,
 ) -> dict[tuple[int, int], Measured]:
     """The same with two parts a rank, by `zigzag_order`; the links must be zigzag ones.
 
     `batch(i, p)` is part p (of `links.own_parts`) of micro-batch i; returned is what `measure`
-    makes of the outputs, by (i, p). `seconds` and `debts` are the order's: which backward passes
-    are split, and of how many parts slow weights' gradients are put off at a time.
+    makes of the outputs and their parts, by (i, p). `seconds` and `debts` are the order's: which
+    backward passes are split, and of how many parts slow weights' gradients are put off at a time.
     """
     passes = PartPasses(
         learner=learner_of(ddp),

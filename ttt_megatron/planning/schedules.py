@@ -84,7 +84,8 @@ def simulate(
     `stages` are the pipeline's parts in order. `places` limits the shards a worker may have live;
     None allows two whole sequences. Without `halo` a shard's prefix does not wait for its
     neighbour's to start: perfect overlap. Zigzag shards take one stage; `debts` limits the
-    shards whose slow weights' gradients a worker may put off.
+    shards whose slow weights' gradients a worker may put off, those of prefix and suffix counted
+    apart where both have such a phase.
     """
     transfers = transfers or Transfers()
     if schedule == "zigzag":
@@ -188,10 +189,12 @@ def _zigzag_shard(
     after("suffix_backward", s + 1, 0.0 if s == context - 1 else transfers.relay_backward)
     task("suffix_weights").pays = True
     after("suffix_backward")
-    task("prefix_backward")
+    prefix_owes = seconds["prefix_weights"] > 0
+    task("prefix_backward").owes = prefix_owes
     after("suffix_backward")
     beside("prefix_backward", s + 1)
-    task("prefix_weights").closes = True
+    new = task("prefix_weights")
+    new.closes, new.pays = True, prefix_owes
     after("prefix_backward")
     after("suffix_weights")
 

@@ -7,8 +7,9 @@ x̄ = ȳ W + ẏ̄ v   ẋ̄ = ẏ̄ W   W̄ = ȳᵀx + ẏ̄ᵀẋ
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from ttt_kernels.linear.op import linear
 
 
 def fast_linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -16,8 +17,7 @@ def fast_linear(x: Tensor, weight: Tensor) -> Tensor:
 
     Shapes: x [b, T, in], weight [b, out, in] (or [out, in], shared) → [b, T, out].
     """
-    matrix = weight.to(x.dtype)
-    return F.linear(x, matrix) if matrix.dim() == 2 else torch.bmm(x, matrix.mT)
+    return linear(x, weight) if weight.dim() == 2 else torch.bmm(x, weight.to(x.dtype).mT)
 
 
 class _FastLinearPair(torch.autograd.Function):

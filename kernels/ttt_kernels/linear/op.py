@@ -11,20 +11,50 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ttt_kernels.deferred import Receiver, receiver
+
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x @ weightᵀ, in x's dtype. Shapes: x [..., in], weight [out, in] → [..., out]."""
-    return F.linear(x, weight.to(x.dtype))
+    put_off = receiver(x, weight)
+    if put_off is None:
+        return F.linear(x, weight.to(x.dtype))
+    result: Tensor = _LinearPutOff.apply(x, weight.detach(), put_off)
+    return result
+
+
+class _LinearPutOff(torch.autograd.Function):
+    """The weight's gradient is left to whoever forms those put off."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, put_off: Receiver) -> Tensor:
+        matrix = weight.to(x.dtype)
+        ctx.save_for_backward(x, matrix)
+        ctx.put_off = put_off
+        return F.linear(x, matrix)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
+        x, matrix = ctx.saved_tensors
+        rows = cotangent.contiguous().flatten(0, -2)
+        ctx.put_off.add(rows, x.flatten(0, -2))
+        return torch.mm(rows, matrix).view(x.shape), None, None
 
 
 class _LinearPair(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, pair: Tensor, weight: Tensor, primal: Tensor | None, dot_adjoint: Tensor | None
+        ctx: Any,
+        pair: Tensor,
+        weight: Tensor,
+        primal: Tensor | None,
+        dot_adjoint: Tensor | None,
+        put_off: Receiver | None,
     ) -> Tensor:
         matrix = weight.to(pair.dtype)
         ctx.save_for_backward(pair, matrix, dot_adjoint)
-        ctx.weight_dtype = weight.dtype
+        ctx.weight_dtype, ctx.put_off = weight.dtype, put_off
         if primal is None:
             return F.linear(pair, matrix)
         out = pair.new_empty(*pair.shape[:-1], matrix.shape[0])
@@ -44,9 +74,11 @@ class _LinearPair(torch.autograd.Function):
             torch.mm(rows[: rows.shape[0] // 2], matrix, out=grad[0].flatten(0, -2))
             grad[1].copy_(dot_adjoint)
         dweight = None
-        if ctx.needs_input_grad[1]:
+        if ctx.put_off is not None:
+            ctx.put_off.add(rows, pair.flatten(0, -2))
+        elif ctx.needs_input_grad[1]:
             dweight = torch.mm(rows.mT, pair.flatten(0, -2)).to(ctx.weight_dtype)
-        return grad, dweight, None, None
+        return grad, dweight, None, None, None
 
 
 def linear_pair(
@@ -60,5 +92,7 @@ def linear_pair(
     Shapes: pair [2, ..., in], weight [out, in] → [2, ..., out]; primal [..., out] and
     dot_adjoint [..., in] (the known cotangent of the input's tangent) are optional.
     """
-    result: Tensor = _LinearPair.apply(pair.contiguous(), weight, primal, dot_adjoint)
+    put_off = receiver(pair, weight)
+    used = weight if put_off is None else weight.detach()
+    result: Tensor = _LinearPair.apply(pair.contiguous(), used, primal, dot_adjoint, put_off)
     return result

@@ -1,8 +1,8 @@
 """Output head and cross-entropy, tile by tile over tokens; logits never outlive their tile.
 
-Gradients are formed together with the loss, scaled by its cotangent later. On a pair, with
-per-token weights A of the loss and B of its directional derivative, z = hMᵀ, ż = ḣMᵀ,
-p = softmax(z):
+Gradients are formed together with the loss, scaled by its cotangent later; where the weight's is
+put off, the logits' cotangents of all tokens are kept for it instead. On a pair, with per-token
+weights A of the loss and B of its directional derivative, z = hMᵀ, ż = ḣMᵀ, p = softmax(z):
 
     S = Σ A·nll + B·(⟨p, ż⟩ − ż_t)
     z̄ = A (p − 1_t) + B p∘(ż − ⟨p, ż⟩)          ż̄ = B (p − 1_t)
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ttt_kernels.deferred import Receiver, receiver
 from ttt_kernels.dtypes import accumulation_dtype
 from ttt_kernels.linear_cross_entropy.reference import linear_cross_entropy_reference
 from ttt_kernels.linear_cross_entropy.shard import WHOLE, VocabularyShard
@@ -73,6 +74,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         token_weights: Tensor,
         shard: VocabularyShard,
         needs_grad: bool,
+        put_off: Receiver | None,
     ) -> tuple[Tensor, Tensor]:
         wide = accumulation_dtype(hidden.dtype)
         matrix = weight.to(hidden.dtype)
@@ -81,6 +83,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         want_weight = needs_grad and ctx.needs_input_grad[1]
         d_hidden = torch.empty_like(hidden) if want_hidden else None
         d_weight = torch.zeros_like(weight, dtype=wide) if want_weight else None
+        kept = None if put_off is None else hidden.new_empty(len(hidden), len(weight))
         for rows in _token_tiles(hidden.shape[0], shard.largest or weight.shape[0]):
             logits = torch.mm(hidden[rows], matrix.mT).to(wide)
             tile = _softmax(logits, targets[rows], shard)
@@ -93,7 +96,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 torch.mm(d_logits, matrix, out=d_hidden[rows])
             if d_weight is not None:
                 d_weight += torch.mm(d_logits.mT, hidden[rows])
+            if kept is not None:
+                kept[rows] = d_logits
         ctx.gradients = d_hidden, d_weight
+        ctx.put_off = None if put_off is None else (put_off, kept, hidden)
         ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(nll)
         return (nll * token_weights).sum(), nll
@@ -101,13 +107,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        d_hidden, d_weight = ctx.gradients
-        ctx.gradients = None
+        (d_hidden, d_weight), put_off = ctx.gradients, ctx.put_off
+        ctx.gradients = ctx.put_off = None
         if d_hidden is not None:
             d_hidden = d_hidden.mul_(d_loss)
         if d_weight is not None:
             d_weight = d_weight.mul_(d_loss).to(ctx.weight_dtype)
-        return d_hidden, d_weight, *[None] * 4
+        if put_off is not None:
+            put_off[0].add(*put_off[1:], d_loss)
+        return d_hidden, d_weight, *[None] * 5
 
 
 def linear_cross_entropy(
@@ -126,13 +134,15 @@ def linear_cross_entropy(
     """
     if uses_plain_definitions():
         return linear_cross_entropy_reference(hidden, weight, targets, token_weights)
+    put_off = receiver(hidden, weight)
     loss, nll = _LinearCrossEntropy.apply(
         hidden.flatten(0, -2),
-        weight,
+        weight if put_off is None else weight.detach(),
         targets.flatten(),
         token_weights.flatten(),
         shard,
         torch.is_grad_enabled(),
+        put_off,
     )
     return loss, nll.view(targets.shape)
 
@@ -148,11 +158,16 @@ class _LinearCrossEntropyPair(torch.autograd.Function):
         derivative_weights: Tensor,
         dot_adjoint: Tensor | None,
         shard: VocabularyShard,
+        put_off: Receiver | None,
     ) -> Tensor:
         wide = accumulation_dtype(pair.dtype)
         matrix = weight.to(pair.dtype)
         grad = torch.empty_like(pair, memory_format=torch.contiguous_format)
-        d_weight = torch.zeros_like(weight, dtype=wide)
+        kept = d_weight = None
+        if put_off is None:
+            d_weight = torch.zeros_like(weight, dtype=wide)
+        else:
+            kept = pair.new_empty(*pair.shape[:2], len(weight))
         total = torch.zeros((), dtype=wide, device=pair.device)
         for rows in _token_tiles(pair.shape[1], shard.largest or weight.shape[0]):
             a, b = loss_weights[rows].unsqueeze(-1), derivative_weights[rows].unsqueeze(-1)
@@ -170,19 +185,28 @@ class _LinearCrossEntropyPair(torch.autograd.Function):
             torch.mm(d_logits, matrix, out=grad[0, rows])
             if dot_adjoint is None:
                 torch.mm(d_dot_logits, matrix, out=grad[1, rows])
-            d_weight += torch.mm(d_logits.mT, pair[0, rows]).addmm_(d_dot_logits.mT, pair[1, rows])
+            if kept is not None:
+                kept[0, rows], kept[1, rows] = d_logits, d_dot_logits
+            elif d_weight is not None:
+                product = torch.mm(d_logits.mT, pair[0, rows])
+                d_weight += product.addmm_(d_dot_logits.mT, pair[1, rows])
         if dot_adjoint is not None:
             grad[1].copy_(dot_adjoint)
         ctx.gradients = grad, d_weight
+        ctx.put_off = None if put_off is None else (put_off, kept, pair)
         ctx.weight_dtype = weight.dtype
         return total
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor | None, ...]:
-        grad, d_weight = ctx.gradients
-        ctx.gradients = None
-        return grad.mul_(d_total), d_weight.mul_(d_total).to(ctx.weight_dtype), *[None] * 5
+        (grad, d_weight), put_off = ctx.gradients, ctx.put_off
+        ctx.gradients = ctx.put_off = None
+        if d_weight is not None:
+            d_weight = d_weight.mul_(d_total).to(ctx.weight_dtype)
+        if put_off is not None:
+            put_off[0].add(*(x.flatten(0, 1) for x in put_off[1:]), d_total)
+        return grad.mul_(d_total), d_weight, *[None] * 6
 
 
 def linear_cross_entropy_pair(
@@ -200,13 +224,15 @@ def linear_cross_entropy_pair(
     dot_adjoint [..., H] is the known cotangent of the tangent. Result: a scalar, differentiable
     in pair and weight. Backward may run once.
     """
+    put_off = receiver(pair, weight)
     result: Tensor = _LinearCrossEntropyPair.apply(
         pair.flatten(1, -2),
-        weight,
+        weight if put_off is None else weight.detach(),
         targets.flatten(),
         loss_weights.flatten(),
         derivative_weights.flatten(),
         None if dot_adjoint is None else dot_adjoint.flatten(0, -2),
         shard,
+        put_off,
     )
     return result
