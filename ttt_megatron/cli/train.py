@@ -5,7 +5,7 @@ import os
 import sys
 
 from ttt_megatron.config import RunConfig, load_recipe
-from ttt_megatron.parallel.launcher import WorkerError, launch, under_torchrun
+from ttt_megatron.parallel.launcher import WorkerError, launch, naming_rank, under_torchrun
 from ttt_megatron.training.result import TrainingResult
 
 NAME = "train"
@@ -40,6 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Trains; raises UserError for whatever the user can fix."""
+    with naming_rank():
+        return _train(args)
+
+
+def _train(args: argparse.Namespace) -> int:
     config = load_recipe(args.recipe, args.overrides)
     # torch takes seconds to import: not before the recipe is known to be good.
     from ttt_megatron.training.preflight import check_start, resolve_run

@@ -27,16 +27,32 @@ from ttt_megatron.errors import UserError
 Result = TypeVar("Result")
 
 _ECHO_SECONDS = 0.5
+_OFTEN_MEANS: dict[int, str] = {
+    signal.SIGKILL: "; perhaps the machine ran out of memory",
+    signal.SIGABRT: "; with NCCL perhaps another rank was gone, or did not answer within "
+    "parallel.timeout_minutes: see the lines above",
+}
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
 class WorkerError(Exception):
-    """A worker process crashed; the message names its rank and holds its traceback."""
+    """A worker process crashed; the message names its rank and tells why or how."""
 
 
 def under_torchrun() -> bool:
     """Whether an outer launcher has already made this process one rank of many."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+@contextmanager
+def naming_rank() -> Iterator[None]:
+    """Under torchrun puts the rank before what a UserError says, as `launch` does for its own."""
+    try:
+        yield
+    except UserError as error:
+        if under_torchrun() and int(os.environ["WORLD_SIZE"]) > 1:
+            raise UserError(f"rank {os.environ['RANK']}: {error}") from error
+        raise
 
 
 def available_cpus() -> int:
@@ -60,6 +76,8 @@ def launch(work: Callable[..., Result], arguments: tuple[Any, ...], processes: i
                 f"torchrun started {world_size} processes, but the recipe's parallel section "
                 f"makes {processes}: make them equal"
             )
+        if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun itself, rather than a batch system
+            _die_with(os.getppid())
         return work(*arguments)
     with (
         tempfile.TemporaryDirectory(prefix="ttt-megatron-") as folder,
@@ -117,6 +135,7 @@ def _worker(
             "rank": rank,
             "time": time.time(),
             "user": isinstance(error, UserError),
+            "told": isinstance(error, UserError | WorkerError),
             "message": str(error) or type(error).__name__,
             "traceback": traceback.format_exc(),
         }
@@ -159,13 +178,14 @@ def _first_failure(folder: Path, processes: int, rank: int, exit_code: int) -> E
         cause = f"exit code {exit_code}"
         if exit_code < 0:
             cause = f"signal {signal.Signals(-exit_code).name}"
-            if exit_code == -signal.SIGKILL:
-                cause += "; perhaps the machine ran out of memory"
+            cause += _OFTEN_MEANS.get(-exit_code, "")
         return WorkerError(f"rank {rank} ended without a message ({cause})")
     first = min(accounts, key=lambda account: account["time"])
     where = f"rank {first['rank']}: " if processes > 1 else ""
     if first["user"]:
         return UserError(f"{where}{first['message']}")
+    if first["told"]:
+        return WorkerError(f"{where}{first['message']}")
     return WorkerError(f"rank {first['rank']} failed:\n{first['traceback'].rstrip()}")
 
 

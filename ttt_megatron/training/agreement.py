@@ -1,0 +1,121 @@
+"""Every rank must run the same configuration, on the same data, with the same code.
+
+Ranks are started apart, perhaps on machines with an older copy of something. What they disagree
+on would stop them in the middle of a collective, or worse, train something that no recipe says.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import ttt_kernels
+import ttt_megatron
+from ttt_megatron.config.schema import RunConfig
+from ttt_megatron.data.dataset import open_dataset
+from ttt_megatron.errors import UserError
+from ttt_megatron.parallel.meeting import Meeting, describe, in_words
+from ttt_megatron.training.resume import flatten_config
+
+_MOST_KEYS = 5
+_MOST_RANKS = 4
+# Rank 0 gives up first, and the others hear from it why.
+_GRACE = timedelta(seconds=10)
+
+
+def own_facts(config: RunConfig, device: torch.device) -> dict[str, Any]:
+    """What all ranks must have in common, by the name it has in a message."""
+    facts: dict[str, Any] = flatten_config(config)
+    facts["kind of device"] = device.type
+    try:
+        facts["data fingerprint"] = open_dataset(config.data.path).fingerprint
+    except UserError as error:
+        facts["data fingerprint"] = f"none ({error})"
+    facts["ttt-megatron version"] = ttt_megatron.__version__
+    for package in ("torch", "megatron-core"):
+        facts[f"{package} version"] = importlib.metadata.version(package)
+    return facts | _source_digests()
+
+
+def _source_digests() -> dict[str, str]:
+    digests = {}
+    for package in (ttt_megatron, ttt_kernels):
+        assert package.__file__ is not None
+        folder = Path(package.__file__).parent
+        for file in sorted(folder.rglob("*.py")):
+            name = f"source file {file.relative_to(folder.parent)}"
+            digests[name] = hashlib.sha256(file.read_bytes()).hexdigest()[:12]
+    return digests
+
+
+def require_agreement(meeting: Meeting, facts: dict[str, Any]) -> None:
+    """Compares every rank's facts with rank 0's. Collective, through the meeting's store alone.
+
+    Raises UserError, on all ranks, naming the ranks that differ, in what, and both values, or
+    the ranks that have not told theirs within the meeting's timeout.
+    """
+    if meeting.world_size == 1:
+        return
+    if meeting.rank == 0:
+        meeting.put("facts", json.dumps(facts))
+    ours = _from_first(meeting, "facts")
+    differences = _differences(json.loads(ours), json.loads(json.dumps(facts)))
+    meeting.put("differences", "; ".join(differences))
+    if meeting.rank == 0:
+        meeting.put("verdict", _verdict(meeting))
+    verdict = _from_first(meeting, "verdict")
+    if verdict:
+        meeting.put("heard", "")
+        if meeting.rank == 0:  # which may hold the store that the others still read
+            meeting.wait_for("heard", range(meeting.world_size), _GRACE)
+        raise UserError(verdict)
+
+
+def _from_first(meeting: Meeting, key: str) -> str:
+    found = meeting.wait_for(key, range(1), meeting.timeout + _GRACE)
+    if not found:
+        raise UserError(
+            f"{describe(meeting, 0)} has told nothing within {in_words(meeting.timeout)} "
+            f"(parallel.timeout_minutes): see its last message"
+        )
+    return found[0]
+
+
+def _differences(first: dict[str, Any], own: dict[str, Any]) -> list[str]:
+    """One phrase a key; rank 0's values come second."""
+    keys = [key for key in {**first, **own} if first.get(key) != own.get(key)]
+    told = [f"{key} = {_shown(own, key)} where rank 0 has {_shown(first, key)}" for key in keys]
+    more = len(told) - _MOST_KEYS
+    return told[:_MOST_KEYS] + ([f"and {more} more differences"] if more > 0 else [])
+
+
+def _shown(facts: dict[str, Any], key: str) -> str:
+    return str(facts[key]) if key in facts else "nothing"
+
+
+def _verdict(meeting: Meeting) -> str:
+    """What all ranks are told, empty if they agree; on rank 0."""
+    ranks = range(meeting.world_size)
+    differences = meeting.wait_for("differences", ranks)
+    absent = [describe(meeting, rank) for rank in ranks if rank not in differences]
+    if absent:
+        return (
+            f"{_listed(absent)} told nothing within {in_words(meeting.timeout)} "
+            f"(parallel.timeout_minutes): see the last message there"
+        )
+    differing = [f"{describe(meeting, r)} has {text}" for r, text in differences.items() if text]
+    if not differing:
+        return ""
+    return (
+        f"the ranks disagree: {_listed(differing, '; ')}. Start all ranks with the same recipe "
+        f"and overrides, the same prepared data and the same installed code"
+    )
+
+
+def _listed(texts: list[str], separator: str = ", ") -> str:
+    more = len(texts) - _MOST_RANKS
+    return separator.join(texts[:_MOST_RANKS] + ([f"and {more} more ranks"] if more > 0 else []))
