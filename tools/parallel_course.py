@@ -41,7 +41,7 @@ MODEL = {
 }
 # Large steps, some of them clipped: small ones would hide second-order errors.
 INNER = {"chunk_size": 4, "lr": 0.7, "clip": 2.0}
-OPTIMIZER = OptimizerConfig(lr=1e-2, warmup_fraction=0.0, clip_grad=0.1)
+OPTIMIZER = OptimizerConfig(lr=2e-3, warmup_fraction=0.0, clip_grad=0.1)
 LENGTH, BATCH, STEPS = 12, 2, 3
 
 

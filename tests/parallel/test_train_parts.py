@@ -1,10 +1,10 @@
-"""Training steps under context parallelism, with replicas and tensor parallelism, and alone."""
+"""Training steps in parts of sequences and in pipeline stages, with replicas, and alone."""
 
 from dataclasses import replace
 from itertools import groupby
 
 import pytest
-from parallel_course import BATCH, Course, Kind, train, worst
+from parallel_course import Course, Kind, train, worst
 
 from ttt_megatron.config import ParallelConfig
 from ttt_megatron.parallel.groups import layout, processes
@@ -16,42 +16,74 @@ OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
 TENSOR = ParallelConfig(context=2, tensor=2)
 GQA = {"num_kv_heads": 2, "tie_embeddings": False, "prime_ffn_hidden_size": 8}
 
-KINDS = [
+PIPELINE = ParallelConfig(pipeline=2)
+TURNS = replace(PIPELINE, virtual_pipeline=2)
+ZIGZAG = ParallelConfig(context=2, context_order="zigzag")
+FOUR = {"micro": 1, "sequences": 4}
+DEEP = {"num_layers": 6}
+
+TWO = [
+    Kind(parallel=PIPELINE, **FOUR),
+    Kind(parallel=TURNS, model=DEEP, **FOUR),
+    Kind(parallel=ZIGZAG, length=16, **FOUR),
+]
+MORE_OF_TWO = [
+    Kind(parallel=PIPELINE, model=GQA, micro=2, sequences=4),
+    # Fewer micro-batches than stages, and recomputed blocks.
+    Kind(parallel=PIPELINE, recompute_prefix=True, inner={"memory_policy": "save_all"}),
+    Kind(parallel=PIPELINE, inner={"mode": "off"}, **FOUR),
+    Kind(parallel=TURNS, model=DEEP | GQA, inner={"two_level": True}, **FOUR),
+    Kind(parallel=ZIGZAG, length=16, model=GQA, inner={"memory_policy": "save_all"}),
+    Kind(parallel=ZIGZAG, length=16, inner={"mode": "off"}, **FOUR),
+    Kind(parallel=ZIGZAG, length=16, inner={"mode": "first_order"}, **FOUR),
+]
+FOUR_RANKS = [
     Kind(parallel=CONTEXT, micro=1, length=16),
     # One chunk a part, so that the last part takes no step; and full attention.
     Kind(parallel=CONTEXT, micro=1, length=8, model={"window_size": None}),
     Kind(parallel=TENSOR, micro=1, length=16),
+    Kind(parallel=replace(PIPELINE, tensor=2), **FOUR),
+    Kind(parallel=replace(PIPELINE, context=2), length=16, **FOUR),
 ]
-MORE = [
+MORE_OF_FOUR = [
     Kind(parallel=replace(CONTEXT, **OVERLAP), micro=1, length=16),
     Kind(parallel=CONTEXT, micro=1, length=16, inner={"mode": "off"}),
     Kind(parallel=TENSOR, micro=1, length=16, inner={"two_level": True}),
     Kind(parallel=replace(TENSOR, sequence_parallel=True), length=16, model=GQA),
     # More parts than micro-batches, and a window that reaches over several of them.
     Kind(parallel=ParallelConfig(context=4), length=16, recompute_prefix=True),
+    Kind(parallel=replace(PIPELINE, tensor=2, sequence_parallel=True), model=GQA, **FOUR),
+    Kind(parallel=replace(PIPELINE, data=2, **OVERLAP), **FOUR),
+    Kind(parallel=replace(TURNS, data=2, **OVERLAP), model=DEEP, micro=1, sequences=8),
+    Kind(parallel=replace(TURNS, context=2), model=DEEP, length=16, **FOUR),
+    Kind(parallel=ParallelConfig(pipeline=4), model=DEEP, **FOUR),
+    Kind(parallel=replace(ZIGZAG, data=2, **OVERLAP), length=16, **FOUR),
+    Kind(parallel=replace(ZIGZAG, tensor=2, sequence_parallel=True), length=16, **FOUR),
 ]
-
-
-def _layout(kind: Kind) -> tuple[int, int, int]:
-    return kind.parallel.data, kind.parallel.context, kind.parallel.tensor
 
 
 def _courses(kinds: list[Kind]) -> list[Course]:
     found: list[Course] = []
     with processes("cpu") as device:
-        for _, alike in groupby(kinds, key=_layout):
-            of_layout = list(alike)
-            with layout(device, of_layout[0].parallel) as groups:
-                found += [train(groups, kind) for kind in of_layout]
+        for parallel, alike in groupby(kinds, key=lambda kind: kind.parallel):
+            with layout(device, parallel) as groups:
+                found += [train(groups, kind) for kind in alike]
     return found
 
 
 @pytest.mark.parametrize(
-    "kinds", [KINDS, pytest.param(MORE, marks=pytest.mark.slow)], ids=["plain", "more"]
+    ("kinds", "processes"),
+    [
+        pytest.param(TWO, 2, id="two"),
+        pytest.param(FOUR_RANKS, 4, id="four"),
+        pytest.param(MORE_OF_TWO, 2, marks=pytest.mark.slow, id="more of two"),
+        pytest.param(MORE_OF_FOUR, 4, marks=pytest.mark.slow, id="more of four"),
+    ],
 )
-def test_parts_train_what_one_process_does(kinds: list[Kind]) -> None:
-    alone = _courses([replace(kind, parallel=ParallelConfig(), micro=BATCH) for kind in kinds])
-    together = launch(_courses, (kinds,), 4)
+def test_parts_train_what_one_process_does(kinds: list[Kind], processes: int) -> None:
+    whole = [replace(kind, parallel=ParallelConfig(), micro=kind.sequences) for kind in kinds]
+    alone = _courses(whole)
+    together = launch(_courses, (kinds,), processes)
     for kind, one, course in zip(kinds, alone, together, strict=True):
         error, name = worst(course, one)
         assert error < BOUND, (kind, name, error)

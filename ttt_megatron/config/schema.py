@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 InnerMode = Literal["meta", "first_order", "naive", "off"]
 MemoryPolicy = Literal["recompute", "save_activations", "save_all"]
+ContextOrder = Literal["1f1b", "zigzag"]
 Precision = Literal["fp32", "bf16", "fp64"]
 
 
@@ -131,6 +132,11 @@ class ParallelConfig:
     )
     context: int = setting(
         1, "Context-parallel processes: each holds a contiguous part of every sequence."
+    )
+    context_order: ContextOrder = setting(
+        "1f1b",
+        "Order of the passes under context parallelism. 1f1b: one part a process, forwards and "
+        "backwards in turn; zigzag: two parts a process, what others wait for first.",
     )
     pipeline: int = setting(
         1,

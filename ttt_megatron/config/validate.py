@@ -268,12 +268,24 @@ def _tensor(parallel: ParallelConfig, model: ModelConfig, chunk_size: int) -> It
 
 def _context(config: RunConfig) -> Iterator[str]:
     """What does not make equally many whole chunks for every context-parallel process."""
-    parts, chunk = config.parallel.context, config.inner.chunk_size
-    length = config.data.sequence_length
+    size, chunk = config.parallel.context, config.inner.chunk_size
+    length, zigzag = config.data.sequence_length, config.parallel.context_order == "zigzag"
+    if zigzag and size == 1:
+        yield (
+            "parallel.context_order = zigzag orders the parts of sequences, and "
+            "parallel.context = 1 makes none; set parallel.context, or leave context_order out"
+        )
+    if zigzag and config.parallel.pipeline > 1:
+        yield (
+            f"parallel.context_order = zigzag takes whole models, and parallel.pipeline = "
+            f"{config.parallel.pipeline} cuts them; set context_order=1f1b, or pipeline=1"
+        )
+    parts = 2 * size if zigzag else size
     # A chunk that does not divide the length is told of already.
     if length % chunk == 0 and length % (parts * chunk):
+        twice = ", twice for context_order = zigzag," if zigzag else ""
         yield (
-            f"parallel.context = {parts} does not divide the {length // chunk} chunks of "
+            f"parallel.context = {size}{twice} does not divide the {length // chunk} chunks of "
             f"inner.chunk_size = {chunk} in data.sequence_length = {length}; "
             "choose a number of processes that does, or another length"
         )

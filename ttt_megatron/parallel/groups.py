@@ -176,47 +176,52 @@ def layout(device: torch.device, parallel: ParallelConfig | None = None) -> Iter
     Raises UserError if there are not as many processes as `parallel` asks for.
     """
     size = dist.get_world_size()
-    if parallel is not None and parallel.world_size != size:
+    parallel = parallel or ParallelConfig(data=size)
+    if parallel.world_size != size:
         raise UserError(
             f"the recipe's parallel section makes {parallel.world_size} processes, and {size} "
             f"were started: make them equal"
         )
-    tensor = parallel.tensor if parallel is not None else 1
-    context = parallel.context if parallel is not None else 1
-    pipeline = parallel.pipeline if parallel is not None else 1
-    turns = parallel.virtual_pipeline if parallel is not None else 1
-    timeout = _timeout(parallel)
+    turns = parallel.virtual_pipeline
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=tensor,
-        context_parallel_size=context,
-        pipeline_model_parallel_size=pipeline,
+        tensor_model_parallel_size=parallel.tensor,
+        context_parallel_size=parallel.context,
+        pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=turns if turns > 1 else None,
-        distributed_timeout_minutes=timeout.total_seconds() / 60,
+        distributed_timeout_minutes=parallel.timeout_minutes,
     )
     try:
-        links = None
-        if context > 1:
-            group = parallel_state.get_context_parallel_group()
-            links = context_links(group, timeout)
-        stages = None
-        if pipeline > 1:
-            group = parallel_state.get_pipeline_model_parallel_group()
-            token_parts = tensor if parallel is not None and parallel.sequence_parallel else 1
-            stages = stage_links(group, turns, token_parts, timeout)
         yield Groups(
             rank=dist.get_rank(),
             world_size=size,
             data_rank=parallel_state.get_data_parallel_rank(),
             data_size=parallel_state.get_data_parallel_world_size(),
             tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
-            tensor_size=tensor,
+            tensor_size=parallel.tensor,
             context_rank=parallel_state.get_context_parallel_rank(),
-            context_size=context,
+            context_size=parallel.context,
             pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
-            pipeline_size=pipeline,
-            stages=stages,
-            links=links,
+            pipeline_size=parallel.pipeline,
+            stages=_stage_links(parallel),
+            links=_context_links(parallel),
             device=device,
         )
     finally:
         parallel_state.destroy_model_parallel()
+
+
+def _context_links(parallel: ParallelConfig) -> ContextLinks | None:
+    """Links to the other parts of this rank's sequences. Collective."""
+    if parallel.context == 1:
+        return None
+    group = parallel_state.get_context_parallel_group()
+    return context_links(group, _timeout(parallel), zigzag=parallel.context_order == "zigzag")
+
+
+def _stage_links(parallel: ParallelConfig) -> StageLinks | None:
+    """Links to the other stages of this rank's pipeline. Collective."""
+    if parallel.pipeline == 1:
+        return None
+    group = parallel_state.get_pipeline_model_parallel_group()
+    token_parts = parallel.tensor if parallel.sequence_parallel else 1
+    return stage_links(group, parallel.virtual_pipeline, token_parts, _timeout(parallel))

@@ -3,13 +3,15 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from ttt_megatron.data.stream import Batch
 from ttt_megatron.meta.learner import LearnerOutput
-from ttt_megatron.parallel.context_step import context_forward_backward
+from ttt_megatron.parallel.context_links import ContextLinks
+from ttt_megatron.parallel.context_step import context_forward_backward, zigzag_forward_backward
 from ttt_megatron.parallel.groups import Groups
 from ttt_megatron.parallel.replica import learner_of, wait_for_parameters
 from ttt_megatron.parallel.standins import megatron_scope
@@ -35,6 +37,8 @@ def forward_backward(
     """
     for chunk in chunks:
         wait_for_parameters(chunk)
+    if groups.links is not None and groups.links.zigzag:
+        return _in_zigzag(chunks[0], micro_batches, inner_lr, groups.links)
     if groups.links is not None and len(chunks) == 1:
         return _in_own_order(chunks[0], micro_batches, inner_lr, groups)
     return _in_mcore_order(chunks, micro_batches, inner_lr, groups)
@@ -72,6 +76,33 @@ def _in_own_order(
         return _run(chunk, batch, inner_lr, groups)
 
     return context_forward_backward(chunk, groups.links, len(micro_batches), forward, stages)
+
+
+def _in_zigzag(
+    chunk: DistributedDataParallel,
+    micro_batches: Sequence[Batch],
+    inner_lr: float,
+    links: ContextLinks,
+) -> list[Measured]:
+    """Two parts of every sequence a rank; what it measures of both is added up."""
+    own = [own_parts(batch, links, learner_of(chunk)) for batch in micro_batches]
+    places = {index: place for place, index in enumerate(links.own_parts)}
+    measured = zigzag_forward_backward(
+        chunk,
+        links,
+        [one.part for one in own[0]],
+        len(micro_batches),
+        lambda index, part: own[index][places[part]].tensors,
+        inner_lr,
+        measure,
+    )
+    return [
+        {
+            name: torch.stack([measured[index, part][name] for part in places]).sum(0)
+            for name in measured[index, links.own_parts[0]]
+        }
+        for index in range(len(micro_batches))
+    ]
 
 
 def _in_mcore_order(
