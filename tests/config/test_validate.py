@@ -93,6 +93,13 @@ def resolve(tmp_path):
         ["parallel.context=3"],
         ["parallel.context=16"],
         ["parallel.tensor=2", "parallel.sequence_parallel=true", "inner.chunk_size=1"],
+        ["parallel.context_order=zigzag"],
+        ["parallel.context=8", "parallel.context_order=zigzag"],
+        ["parallel.pipeline=2", "parallel.context=2", "parallel.context_order=zigzag"],
+        ["parallel.pipeline=9"],
+        ["parallel.virtual_pipeline=2"],
+        ["parallel.virtual_pipeline=5", "parallel.pipeline=2"],
+        ["parallel.virtual_pipeline=2", "parallel.pipeline=2"],
     ],
 )
 def test_impossible_values_are_refused_by_name_and_value(resolve, overrides):
@@ -129,6 +136,9 @@ def test_impossible_values_are_refused_by_name_and_value(resolve, overrides):
         ["parallel.tensor=2", "parallel.sequence_parallel=true"],
         ["parallel.tensor=2", "inner.chunk_size=1"],
         ["parallel.context=8", "parallel.tensor=2"],
+        ["parallel.context=4", "parallel.context_order=zigzag"],
+        ["parallel.pipeline=3", "parallel.context=2"],
+        ["parallel.pipeline=2", "parallel.virtual_pipeline=1"],
     ],
 )
 def test_values_at_the_edge_are_possible(resolve, overrides):

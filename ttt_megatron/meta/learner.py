@@ -200,7 +200,7 @@ class Learner(nn.Module):
             chunk_losses=_chunk_sums(nll * weights, size),
             token_nll=nll,
             logits={
-                chunk: self.model.logits(hidden[:, chunk * size : (chunk + 1) * size])
+                chunk: self.model.entered_logits(entered[:, chunk * size : (chunk + 1) * size])
                 for chunk in logits_of
             },
         )

@@ -143,8 +143,11 @@ class LanguageModel(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., H] → [..., V] in the compute dtype."""
-        head = self.slots.head
-        return head.whole(ttt_kernels.linear(head.enter(hidden), self.head_weight))
+        return self.entered_logits(self.slots.head.enter(hidden))
+
+    def entered_logits(self, hidden: Tensor) -> Tensor:
+        """The same of hidden states that have entered the head, of all tokens or of some."""
+        return self.slots.head.whole(ttt_kernels.linear(hidden, self.head_weight))
 
     def loss(self, hidden: Tensor, targets: Tensor, token_weights: Tensor) -> tuple[Tensor, Tensor]:
         """(Σ token_weights·nll, nll [b, T]) of hidden states that have entered the head."""
