@@ -106,7 +106,7 @@ def train(groups: Groups, kind: Kind) -> Course:
         optimizer.zero_grad()
         own = batch(kind, step, groups.data_rank, groups.data_size)
         measured = forward_backward(chunks, own.split(kind.micro), learners[0].inner.lr, groups)
-        measurements, _ = reduce_measurements(measured, False, groups)
+        measurements, _ = reduce_measurements(measured, [], groups)
         # The clipped share is in single precision.
         figures = [v for n, v in vars(measurements).items() if v is not None and n[:4] != "clip"]
         norm = optimizer.step(step).grad_norm

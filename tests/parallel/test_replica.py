@@ -50,7 +50,7 @@ def _train(groups: Groups, parallel: ParallelConfig, micro: int) -> Course:
         batch = _batch(step, groups.data_rank, groups.data_size)
         optimizer.zero_grad()
         measured = forward_backward([ddp], batch.split(micro), 0.7, groups)
-        losses.append(reduce_measurements(measured, False, groups)[0].loss)
+        losses.append(reduce_measurements(measured, [], groups)[0].loss)
         norms.append(optimizer.step(step).grad_norm)
     settle_parameters(ddp)
     whole = {}

@@ -5,12 +5,17 @@ on the same machine the process table tells, the others have to answer through t
 """
 
 import re
+import signal
+import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 from torch.distributed import DistError
 
@@ -36,8 +41,10 @@ def telling_of_lost_ranks(meeting: Meeting) -> Iterator[None]:
 
     Other errors pass through; what they say is left for the ranks that will miss this one.
     """
+    previous = _hold_sigterm()
     try:
         yield
+        _restore_sigterm(previous)
     except Exception as error:
         lost = meeting.world_size > 1 and is_communication(error)
         # A store that another rank held may have gone with it.
@@ -49,8 +56,34 @@ def telling_of_lost_ranks(meeting: Meeting) -> Iterator[None]:
                 words = f"{type(error).__name__}: {error}"
                 meeting.put("last words", words[:_LONGEST_LAST_WORDS])
         if lost:
+            # The hold on SIGTERM stays: the message has yet to be shown.
             raise LostRankError(_message(meeting, error)) from error
+        _restore_sigterm(previous)
         raise
+
+
+def _hold_sigterm() -> Any:
+    """Puts SIGTERM off while the loss of a rank is being told; returns the handler until now.
+
+    Torchrun sends it to the ranks that are left as soon as one is gone, mostly before they have
+    said why they stopped.
+    """
+    previous = signal.getsignal(signal.SIGTERM)
+
+    def hold(number: int, frame: FrameType | None) -> None:
+        error = sys.exc_info()[1]
+        if error is None or not (is_communication(error) or isinstance(error, LostRankError)):
+            signal.signal(number, previous)
+            signal.raise_signal(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        return None
+    return signal.signal(signal.SIGTERM, hold)
+
+
+def _restore_sigterm(previous: Any) -> None:
+    if previous is not None:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def is_communication(error: BaseException) -> bool:
@@ -110,7 +143,7 @@ def _where(error: Exception) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     ours = [frame for frame in frames if Path(frame.filename).is_relative_to(_PACKAGE)]
     theirs = [frame for frame in frames if "torch/distributed" in frame.filename]
-    names = [frame.name for frame in theirs if frame.name != "wrapper"]
+    names = [f.name for f in theirs if f.name != "wrapper" and not f.name.startswith("_")]
     operation = f" in {names[0]}" if names else ""
     if not ours:
         return operation

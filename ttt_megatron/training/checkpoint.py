@@ -1,8 +1,6 @@
-"""Saving and loading a run's state with mcore's dist_checkpointing (torch_dist format)."""
+"""What a run's state is, and loading it with mcore's dist_checkpointing (torch_dist format)."""
 
-import queue
 import random
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,35 +9,15 @@ import numpy as np
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch import nn
 
-from ttt_megatron.config import to_yaml
-from ttt_megatron.config.schema import RunConfig
-from ttt_megatron.data.tokenizer import META_FILE, TOKENIZER_FILE
 from ttt_megatron.parallel.groups import Groups
 from ttt_megatron.parallel.replica import is_second_copy
 from ttt_megatron.parallel.standins import megatron_scope
-from ttt_megatron.training.checkpoint_folder import (
-    CHECKPOINTS,
-    MODEL_KEY,
-    RECIPE,
-    STATE,
-    TOKENIZER,
-    CheckpointInfo,
-    checkpoint_name,
-    commit,
-    rotate,
-    unfinished_path,
-    write_info,
-)
+from ttt_megatron.training.checkpoint_folder import MODEL_KEY, STATE
 from ttt_megatron.training.engine import Engine
 from ttt_megatron.training.sharding import joined, sharded
 from ttt_megatron.training.weights import refuse_other_parameters
-
-# mcore would start a process to hold the results of an asynchronous write. Writes here are
-# synchronous, and that process would outlive a killed run.
-filesystem_async._results_queue = queue.SimpleQueue()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,38 +70,20 @@ def _set_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def save_checkpoint(
-    parts: RunParts, config: RunConfig, info: CheckpointInfo, trainer_state: dict[str, Any]
-) -> Path:
-    """Writes `output/checkpoints/step-…` and removes those no longer kept; returns its path.
+def state_to_save(parts: RunParts, trainer_state: dict[str, Any]) -> dict[str, Any]:
+    """All that a checkpoint holds, described for dist_checkpointing.save.
 
-    Collective. The folder gets its name only once everything is on disk. `trainer_state` is plain
-    values, equal on all ranks.
+    Collective. Parameters share the model's memory; everything else has memory of its own.
+    `trainer_state` is plain values, equal on all ranks.
     """
     groups = parts.groups
-    folder = Path(config.training.output) / CHECKPOINTS
-    final = folder / checkpoint_name(info.step)
-    beside: Path = groups.broadcast_object(unfinished_path(final) if groups.is_main else None)
-    if groups.is_main:
-        (beside / STATE).mkdir(parents=True)
-    groups.barrier()
     parts.engine.settle()
-    state = {
+    return {
         MODEL_KEY: _model_state(parts),
         "optimizer": parts.engine.state_to_save(groups),
         "trainer": trainer_state,
         "random": groups.broadcast_object(_random_state() if groups.is_main else None),
     }
-    with megatron_scope():
-        dist_checkpointing.save(state, str(beside / STATE))
-    if groups.is_main:
-        (beside / RECIPE).write_text(to_yaml(config))
-        _copy_tokenizer(Path(config.data.path), beside / TOKENIZER)
-        write_info(beside, info)
-        commit(beside, final)
-        rotate(folder, config.training.keep_last, config.training.milestone_interval)
-    groups.barrier()
-    return final
 
 
 def load_checkpoint(parts: RunParts, checkpoint: Path) -> dict[str, Any]:
@@ -152,11 +112,3 @@ def load_checkpoint(parts: RunParts, checkpoint: Path) -> dict[str, Any]:
     _set_random_state(state["random"])
     trainer_state: dict[str, Any] = state["trainer"]
     return trainer_state
-
-
-def _copy_tokenizer(data: Path, target: Path) -> None:
-    """Evaluation and generation need the tokenizer, and the data may be elsewhere by then."""
-    target.mkdir()
-    for name in (META_FILE, TOKENIZER_FILE):
-        if (data / name).exists():
-            shutil.copy2(data / name, target / name)

@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 import uuid
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -11,7 +12,13 @@ from ttt_megatron.config import from_dict
 from ttt_megatron.config.schema import RunConfig
 from ttt_megatron.config.yaml_text import parse_yaml
 from ttt_megatron.errors import UserError
-from ttt_megatron.training.manifest import MANIFEST, find_damage, sync_to_disk, write_manifest
+from ttt_megatron.training.manifest import (
+    MANIFEST,
+    Entries,
+    find_damage,
+    sync_to_disk,
+    write_manifest,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -127,23 +134,30 @@ def unfinished_path(final: Path) -> Path:
     return final.with_name(f"{final.name}{_UNFINISHED}{uuid.uuid4().hex[:8]}")
 
 
-def commit(beside: Path, final: Path) -> None:
-    """Gives a written folder its manifest, then its final name."""
-    write_manifest(beside)
+def commit(beside: Path, final: Path, written: Entries | None = None) -> None:
+    """Gives a written folder its manifest, then its final name; `written` as `write_manifest`'s."""
+    write_manifest(beside, written)
     if final.exists():
-        _remove(final)
+        remove([_without_name(final)])
     beside.rename(final)
     sync_to_disk(final.parent)
 
 
 def sweep(folder: Path) -> None:
     """Removes what interrupted writes left behind."""
-    for leftover in folder.glob(f"*{_UNFINISHED}*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    remove(folder.glob(f"*{_UNFINISHED}*"))
 
 
 def rotate(folder: Path, keep_last: int, milestone_interval: int) -> None:
     """Removes checkpoints that are not among the newest, no milestone, nor the last finite one."""
+    remove(retire(folder, keep_last, milestone_interval))
+
+
+def retire(folder: Path, keep_last: int, milestone_interval: int) -> list[Path]:
+    """Takes their names from the checkpoints that `rotate` removes; returns what is left of them.
+
+    A half-removed folder never looks like a checkpoint.
+    """
     checkpoints = list_checkpoints(folder)
     keep = set(checkpoints[-keep_last:])
     infos = {path: read_info(path) for path in checkpoints if (path / INFO).exists()}
@@ -151,13 +165,15 @@ def rotate(folder: Path, keep_last: int, milestone_interval: int) -> None:
     keep |= set(finite[-1:])
     if milestone_interval:
         keep |= {path for path, info in infos.items() if info.step % milestone_interval == 0}
-    for path in checkpoints:
-        if path not in keep:
-            _remove(path)
+    return [_without_name(path) for path in checkpoints if path not in keep]
 
 
-def _remove(checkpoint: Path) -> None:
-    """Takes the name away first: a half-removed folder never looks like a checkpoint."""
+def remove(folders: Iterable[Path]) -> None:
+    """Removes what is not needed any more; what cannot be removed is left for `sweep`."""
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _without_name(checkpoint: Path) -> Path:
     doomed = unfinished_path(checkpoint)
-    checkpoint.rename(doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
+    return checkpoint.rename(doomed)

@@ -3,10 +3,14 @@
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 MANIFEST = "manifest.json"
+Entries = dict[str, dict[str, int | str]]
+"""Size and SHA-256 of files, by their names within the folder."""
+
 _BLOCK = 1 << 22
 
 
@@ -31,16 +35,33 @@ def sync_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_manifest(folder: Path) -> None:
-    """Lists the folder's files in manifest.json; files, folders and the list are on disk after."""
-    files = _files(folder)
+def describe_files(folder: Path, files: Sequence[Path]) -> Entries:
+    """The manifest's entries of files somewhere in the folder."""
     with ThreadPoolExecutor() as pool:
         digests = list(pool.map(_sha256, files))
-        list(pool.map(sync_to_disk, files))
-    entries = {
+    return {
         str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": digest}
         for path, digest in zip(files, digests, strict=True)
     }
+
+
+def write_manifest(folder: Path, written: Entries | None = None) -> None:
+    """Lists the folder's files in manifest.json; files, folders and the list are on disk after.
+
+    `written` are the entries of files that were described and put on disk before, by any process.
+
+    Raises OSError if one of those cannot be seen from here as it was written.
+    """
+    written = written or {}
+    for name, entry in written.items():
+        size = (folder / name).stat().st_size
+        if size != entry["bytes"]:
+            raise OSError(f"{folder / name} has {size} bytes instead of {entry['bytes']}")
+    files = _files(folder)
+    others = [path for path in files if str(path.relative_to(folder)) not in written]
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(sync_to_disk, others))
+    entries = dict(sorted({**written, **describe_files(folder, others)}.items()))
     manifest = folder / MANIFEST
     manifest.write_text(json.dumps({"files": entries}, indent=1))
     sync_to_disk(manifest)

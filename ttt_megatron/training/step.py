@@ -50,25 +50,25 @@ def measure(output: LearnerOutput, part: Part) -> dict[str, torch.Tensor]:
 
 
 def reduce_measurements(
-    measured: Sequence[dict[str, torch.Tensor]], stop: bool, groups: Groups
-) -> tuple[Measurements, bool]:
-    """Means over micro-batches and replicas, and whether any rank wants to stop. Collective.
+    measured: Sequence[dict[str, torch.Tensor]], flags: Sequence[bool], groups: Groups
+) -> tuple[Measurements, list[bool]]:
+    """Means over micro-batches and replicas, and which flags are set on any rank. Collective.
 
     The parts' shares are added up; a pipeline stage that measured nothing adds nothing. One
     reduction carries everything, so that all ranks see the same step as their last.
     """
     names = [field.name for field in fields(Measurements)]
-    # Per name the mean and whether there is one, and at the end whether to stop.
-    row = torch.zeros(2 * len(names) + 1, dtype=torch.float64, device=groups.device)
+    # Per name the mean and whether there is one, and at the end the flags.
+    row = torch.zeros(2 * len(names) + len(flags), dtype=torch.float64, device=groups.device)
     for place, name in enumerate(names):
         if measured and name in measured[0]:
             row[2 * place] = torch.stack([one[name] for one in measured]).mean()
             row[2 * place + 1] = 1.0
-    row[-1] = float(stop)
-    *total, wish = groups.sum_shares(row).tolist()
+    row[2 * len(names) :] = row.new_tensor(flags)
+    total = groups.sum_shares(row).tolist()
     means = {
         name: total[2 * place] / groups.data_size
         for place, name in enumerate(names)
         if total[2 * place + 1] > 0
     }
-    return Measurements(**means), wish > 0
+    return Measurements(**means), [count > 0 for count in total[2 * len(names) :]]

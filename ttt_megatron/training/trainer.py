@@ -14,11 +14,12 @@ from ttt_megatron.data.stream import Batch, TokenStream
 from ttt_megatron.errors import UserError
 from ttt_megatron.tracing import span
 from ttt_megatron.training.callbacks.base import Callback
-from ttt_megatron.training.checkpoint import RunParts, save_checkpoint
+from ttt_megatron.training.checkpoint import RunParts
 from ttt_megatron.training.checkpoint_folder import CheckpointInfo
 from ttt_megatron.training.engine import Update
 from ttt_megatron.training.flops import model_flops_per_token
 from ttt_megatron.training.records import StepRecord
+from ttt_megatron.training.saver import Saver
 from ttt_megatron.training.schedule import inner_learning_rate, learning_rate
 from ttt_megatron.training.step import reduce_measurements
 
@@ -54,11 +55,18 @@ class Trainer:
     stop_signal: int | None = None
     stopped: bool = False
     checkpoint: Path | None = None
+    seconds_stopped: float = 0.0
+    """How long the newest checkpoint kept training from going on."""
+    _saver: Saver = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._saver = Saver(self.parts, self.config)
 
     def fit(self) -> None:
         """Trains to the last step, or until asked to stop.
 
-        Raises UserError after ten steps in a row whose loss or gradient was not finite.
+        Raises UserError after ten steps in a row whose loss or gradient was not finite, and if a
+        checkpoint cannot be written.
         """
         training, groups = self.config.training, self.parts.groups
         share = (groups.data_rank, groups.data_size)
@@ -71,21 +79,26 @@ class Trainer:
             for callback in self.callbacks:
                 callback.on_end(self)
         finally:
+            self._saver.close()
             for callback in self.callbacks:
                 callback.close(self)
 
     def _advance(self, batch: Batch) -> None:
-        record = self._step(batch)
+        record, writing = self._step(batch)
+        if self._saver.under_way and not writing:
+            self._complete_save()
         for callback in self.callbacks:
             callback.on_step(self, record)
         training, step = self.config.training, self.progress.step
         if step % training.save_interval == 0 or self.finished or self.stopped:
             self.save()
         if self.progress.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            if self._saver.under_way:
+                self._complete_save()
             raise UserError(self._diverged())
 
-    def _step(self, batch: Batch) -> StepRecord:
-        """One outer step; counts it in `progress`."""
+    def _step(self, batch: Batch) -> tuple[StepRecord, bool]:
+        """One outer step; counts it in `progress`. Also whether any rank writes a checkpoint."""
         start = time.perf_counter()
         config, step = self.config, self.progress.step
         total = config.training.steps
@@ -94,8 +107,8 @@ class Trainer:
         engine = self.parts.engine
         engine.zero_grad()
         measured = engine.forward_backward(micro_batches, inner_lr)
-        measurements, self.stopped = reduce_measurements(
-            measured, self.stop_signal is not None, self.parts.groups
+        measurements, (self.stopped, writing) = reduce_measurements(
+            measured, [self.stop_signal is not None, self._saver.writing], self.parts.groups
         )
         if math.isfinite(measurements.loss):
             with span("optimizer"):
@@ -105,7 +118,7 @@ class Trainer:
             update = Update(grad_norm=math.nan, learning_rate=rate, applied=False)
         self._count(measurements.loss, update)
         tokens = config.training.global_batch_size * config.data.sequence_length
-        return StepRecord(
+        record = StepRecord(
             step=self.progress.step,
             measurements=measurements,
             update=update,
@@ -114,6 +127,7 @@ class Trainer:
             tokens=tokens,
             model_flops=tokens * model_flops_per_token(config.model, config.data.sequence_length),
         )
+        return record, writing
 
     def _count(self, loss: float, update: Update) -> None:
         progress = self.progress
@@ -138,7 +152,14 @@ class Trainer:
             callback.on_evaluation(self, self.progress.step, metrics)
 
     def save(self) -> None:
-        """Writes a checkpoint of the state after `progress.step` steps. Collective."""
+        """Writes a checkpoint of the state after `progress.step` steps. Collective.
+
+        With training.async_save it has its name only some steps later, unless this step is the
+        last.
+        """
+        if self._saver.under_way:
+            self._complete_save()
+        start, self.seconds_stopped = time.perf_counter(), 0.0
         progress = self.progress
         info = CheckpointInfo(
             path="",
@@ -149,7 +170,16 @@ class Trainer:
             tracking_run=self.tracking_run,
         )
         state = {"progress": asdict(progress), "stream": self.stream.state_dict()}
-        self.checkpoint = save_checkpoint(self.parts, self.config, info, state)
+        self._saver.start(info, state)
+        self.seconds_stopped = time.perf_counter() - start
+        if not self.config.training.async_save or self.finished or self.stopped:
+            self._complete_save()
+
+    def _complete_save(self) -> None:
+        """Waits for the checkpoint that is being written. Collective."""
+        start = time.perf_counter()
+        self.checkpoint = self._saver.complete()
+        self.seconds_stopped += time.perf_counter() - start
         for callback in self.callbacks:
             callback.on_checkpoint(self, self.checkpoint)
 

@@ -87,8 +87,8 @@ class ProgressBar(Callback):
         logger.info("step %d  %s", step, "  ".join(f"{n} {v:.4f}" for n, v in metrics.items()))
 
     def on_checkpoint(self, trainer: Trainer, path: Path) -> None:
-        """Tells where it is."""
-        logger.info("saved %s", path)
+        """Tells where it is, and for how long training stopped for it."""
+        logger.info("saved %s  (training stopped for %.2f s)", path, trainer.seconds_stopped)
 
     def close(self, trainer: Trainer) -> None:
         """Takes the bar away."""
