@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 from ttt_megatron.config.schema import RunConfig
@@ -21,10 +22,16 @@ from ttt_megatron.training.resume import refuse_changes
 def resolve_run(config: RunConfig) -> RunConfig:
     """The run with its vocabulary size taken from the data where the recipe leaves it open.
 
-    Raises UserError for data that cannot be read, has no row of the sequence length or no
-    validation documents that are asked for, or needs a larger vocabulary than the model has, and
-    for a vocabulary that does not divide among the tensor-parallel processes.
+    Raises UserError for an engine that is not installed, for data that cannot be read, has no row
+    of the sequence length or no validation documents that are asked for, or needs a larger
+    vocabulary than the model has, and for a vocabulary that does not divide among the
+    tensor-parallel processes.
     """
+    if config.optimizer.engine == "deepspeed" and find_spec("deepspeed") is None:
+        raise UserError(
+            "optimizer.engine=deepspeed, but DeepSpeed is not installed: pip install "
+            "'ttt-megatron[deepspeed]', or set optimizer.engine=megatron"
+        )
     if not config.data.path:
         raise UserError("data.path is empty: give the folder that `ttt-megatron prepare` wrote")
     data = config.data

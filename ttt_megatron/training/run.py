@@ -28,8 +28,8 @@ from ttt_megatron.training.callbacks.metrics_log import METRICS_FILE
 from ttt_megatron.training.callbacks.tracking import TRACKING_FILE, tracking_uri
 from ttt_megatron.training.checkpoint import RunParts, load_checkpoint
 from ttt_megatron.training.checkpoint_folder import CHECKPOINTS, read_config, sweep
+from ttt_megatron.training.engines import build_engine
 from ttt_megatron.training.initial_weights import start_from
-from ttt_megatron.training.megatron_engine import MegatronEngine
 from ttt_megatron.training.preflight import find_resumable
 from ttt_megatron.training.result import TrainingResult
 from ttt_megatron.training.resume import refuse_changes
@@ -109,7 +109,7 @@ def build_trainer(config: RunConfig, groups: Groups, fresh: bool = False) -> Tra
     stream = TokenStream(open_dataset(data.path), data.sequence_length, data.packing, data.seed)
     trainer = Trainer(
         config=config,
-        parts=RunParts(engine=MegatronEngine(learners, config, groups), groups=groups),
+        parts=RunParts(engine=build_engine(learners, config, groups), groups=groups),
         stream=stream,
         callbacks=build_callbacks(config, groups),
     )
