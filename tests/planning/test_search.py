@@ -7,9 +7,9 @@ import pytest
 
 from ttt_megatron.config import load_recipe
 from ttt_megatron.errors import UserError
-from ttt_megatron.planning.estimate import Estimator
+from ttt_megatron.planning.estimate import CHOSEN, Estimator
 from ttt_megatron.planning.hardware import NAMED, find_hardware
-from ttt_megatron.planning.layout import Layout, grids, problem
+from ttt_megatron.planning.layout import Layout, grids, problem, recipe_layout
 from ttt_megatron.planning.search import make_plan
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -88,6 +88,39 @@ def test_every_schedule_of_a_layout_is_simulated():
     assert pipeline.transfers["fast-weight relay"] == 0 < pipeline.transfers["pipeline boundary"]
     assert sum(pipeline.prefix_blocks) == 24
     assert pipeline.prefix_blocks[0] > pipeline.prefix_blocks[1]
+
+
+def test_a_plans_settings_ask_for_its_layouts():
+    plan = make_plan(recipe("3b", *LONG), H100, 64, top=3)
+    layouts = [found.layout for found in plan.best]
+    pipeline = Layout(tensor=8, pipeline=2, data=4, overlap=True)
+    layouts += [pipeline, pipeline.under("interleaved")]
+    for layout in layouts:
+        asked = recipe_layout(recipe("3b", *LONG, *layout.overrides()))
+        assert asked == layout
+    schedules = {found.layout.schedule for found in plan.best}
+    assert schedules == {found.schedule for found in plan.best} <= set(CHOSEN)
+
+
+@pytest.mark.parametrize(
+    ("settings", "schedule"),
+    [
+        (("context=2",), "1f1b"),
+        (("context=2", "context_order=zigzag"), "zigzag"),
+        (("pipeline=2",), "1f1b"),
+        (("pipeline=2", "virtual_pipeline=3"), "interleaved"),
+        ((), "in turn"),
+    ],
+)
+def test_the_recipes_own_schedule_is_planned(settings, schedule):
+    changes = [f"parallel.{setting}" for setting in settings]
+    changes += ["training.global_batch_size=32", "training.micro_batch_size=1"]
+    found = make_plan(recipe("125m", *changes), H100, top=1).recipe
+    assert found is not None
+    assert found.schedule == found.layout.schedule == schedule
+    assert found.layout.virtual_pipeline == (3 if schedule == "interleaved" else 1)
+    # The others are simulated all the same.
+    assert len(found.schedules) == {"in turn": 1, "interleaved": 3}.get(schedule, 3)
 
 
 def test_long_steps_are_extended_not_simulated():

@@ -1,12 +1,12 @@
 """What one layout costs: memory by kind, seconds a step, transfers, and every schedule's bubble."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ttt_megatron.config.schema import RunConfig
 from ttt_megatron.planning import transfers as traffic
 from ttt_megatron.planning.hardware import Hardware
 from ttt_megatron.planning.interleaved import simulate_interleaved
-from ttt_megatron.planning.layout import Layout, has_inner_steps
+from ttt_megatron.planning.layout import TURNS, Layout
 from ttt_megatron.planning.memory import StageMemory, stage_memory, stage_parameters
 from ttt_megatron.planning.schedules import PhaseSeconds, Transfers, simulate
 from ttt_megatron.planning.simulator import Timeline
@@ -14,12 +14,10 @@ from ttt_megatron.planning.stages import cut_prefix
 from ttt_megatron.planning.step_work import StepWork, step_work
 from ttt_megatron.planning.units import Work
 
-TURNS = 2
-"""Parts of the model a stage of an interleaved pipeline holds."""
-DEBTS = (2, 1)
-"""Shards whose slow weights' gradients zigzag scheduling may put off, as memory allows. More
-gain little for what their products take.
-"""
+CHOSEN = ("in turn", "1f1b", "zigzag", "interleaved")
+"""Schedules that training has; gpipe is shown for comparison."""
+DEBTS = 1
+"""Shards whose slow weights' gradients zigzag parts put off."""
 ADAM_BYTES = 36
 """Bytes read and written a parameter: clip, both moments, the update."""
 
@@ -83,7 +81,7 @@ class Estimator:
         self.links = traffic.links(layout, hardware)
         self.work = step_work(self.config)
         self.micro_batches = layout.micro_batches(config)
-        self.inner_steps = has_inner_steps(config)
+        self.turns = max(layout.virtual_pipeline, TURNS)
         block = self._seconds(self.work.block_forward) + self._seconds(self.work.block_backward)
         self._block_cost = block + self._seconds(self.work.block_weights)
         self._end_cost = self._seconds(self.work.total) - self._block_cost * self._blocks
@@ -124,7 +122,7 @@ class Estimator:
         tensor = traffic.tensor_traffic(self.config, self.layout)
         entry = 1 if last else 0
         halo = traffic.halo_bytes(self.config, self.layout, shards_a_rank) / self.links.context
-        reading = blocks + (entry if self.inner_steps else 0)
+        reading = traffic.halo_layers(self.config, blocks, last)
         again = 2 if self.config.training.recompute_prefix else 1
 
         def seconds(of_block: Work, of_entry: Work) -> float:
@@ -168,10 +166,8 @@ class Estimator:
         busiest = max(stage.total for stage in stages) / self.layout.context
         # One sequence goes through all of its shards, forwards and backwards, one at a time.
         chain = stages[-1].suffix_forward + stages[-1].suffix_backward
-        least = max(sum(memory.at(1).values()) for memory in self.memory(blocks))
-        if self.layout.context > 1 and self.layout.pipeline == 1:
-            zigzag = max(sum(m.at(1).values()) for m in self.memory(blocks, 2))
-            least = min(least, zigzag)
+        held = enumerate(self.memory(blocks))
+        least = max(sum(memory.at(self._in_order(stage, 0)).values()) for stage, memory in held)
         seconds = max(busiest * self.micro_batches, chain)
         return seconds + sum(self.outside(blocks).values()), least
 
@@ -212,7 +208,7 @@ class Estimator:
         names = ["gpipe", "1f1b"]
         if layout.pipeline == 1 and self._splits_twice():
             names.append("zigzag")
-        turns = TURNS * layout.pipeline
+        turns = self.turns * layout.pipeline
         if layout.pipeline > 1 and layout.context == 1 and turns - 1 <= self._blocks:
             names += ["interleaved"] if self.micro_batches % layout.pipeline == 0 else []
         return names
@@ -222,35 +218,39 @@ class Estimator:
         return chunks % (2 * self.layout.context) == 0
 
     def timeline(self, schedule: str, micro_batches: int | None = None) -> Timeline:
-        """A simulated step, as the chosen schedule runs it in the memory there is."""
+        """A simulated step."""
         number = self.micro_batches if micro_batches is None else micro_batches
         if schedule == "interleaved":
-            parts = self.stages(self.cut(TURNS * self.layout.pipeline))
+            parts = self.stages(self.cut(self.turns * self.layout.pipeline))
             return simulate_interleaved(parts, self.layout.pipeline, number, self.hops().boundary)
-        shards = 2 if schedule == "zigzag" else 1
-        blocks = self.cut()
-        places, debts = self._places(blocks, shards)
-        wanted = 2 * self.layout.context * shards
+        stages, debts = self.stages(self.cut()), None
+        if schedule == "zigzag":
+            stages, debts = [_passes(stage) for stage in self.stages(self.cut(), 2)], DEBTS
         return simulate(
             "1f1b" if schedule == "in turn" else schedule,  # type: ignore[arg-type]
-            self.stages(blocks, shards),
+            stages,
             self.layout.context,
             number,
             self.hops(),
-            min(max(places, shards), wanted),
             debts=debts,
         )
 
-    def _places(self, blocks: list[int], shards_a_rank: int) -> tuple[int, int]:
-        """Shards that fit into every stage's memory, and those whose gradients can be put off."""
-        usable, stages = self.hardware.memory_bytes, self.memory(blocks, shards_a_rank)
-        if shards_a_rank == 1:
-            return min(stage.places(usable) for stage in stages), 0
-        for debts in DEBTS:
-            places = min(stage.places(usable, debts) for stage in stages)
-            if places >= shards_a_rank:
-                break
-        return places, debts
+    def _in_order(self, stage: int, rank: int) -> int:
+        """Micro-batches a process holds in 1F1B order: one, and one for everyone behind it."""
+        behind = self.layout.context - 1 - rank + self.layout.pipeline - 1 - stage
+        return min(behind + 1, self.micro_batches)
+
+    def _live(self, schedule: str, timeline: Timeline) -> list[int]:
+        """Shards every worker holds, at most."""
+        ranks, stages = self.layout.context, self.layout.pipeline
+        if schedule == "gpipe":
+            return [self.micro_batches] * (stages * ranks)
+        if schedule == "zigzag":
+            return list(timeline.peak_live)
+        if schedule == "interleaved":
+            # Parts are shorter than stages; a stage's activations are those of all of its parts.
+            return [-(-count // self.turns) for count in timeline.peak_live]
+        return [self._in_order(stage, rank) for stage in range(stages) for rank in range(ranks)]
 
     def run(self, schedule: str) -> ScheduleResult:
         """Simulates a schedule and takes its fullest process's memory.
@@ -270,12 +270,7 @@ class Estimator:
         seconds = timeline.seconds + further * busiest
         work = sum(stage.total for stage in stages) * self.micro_batches
         workers = layout.pipeline * ranks
-        live = list(timeline.peak_live)
-        if schedule == "gpipe":
-            live = [self.micro_batches] * workers
-        if schedule == "interleaved":
-            # Parts are shorter than stages; a stage's activations are those of all of its parts.
-            live = [-(-count // TURNS) for count in live]
+        live = self._live(schedule, timeline)
         debts = timeline.peak_debts if schedule == "zigzag" else [0] * workers
         held = self.memory(blocks, shards)
         by_worker = [held[w // ranks].at(live[w], debts[w]) for w in range(workers)]
@@ -287,24 +282,29 @@ class Estimator:
             fits=sum(memory.values()) <= self.hardware.memory_bytes,
         )
 
-    def estimate(self, *, quick: bool = False) -> Estimate:
-        """All schedules, the fastest that fits chosen; `quick` simulates the likely one alone."""
+    def estimate(self, *, quick: bool = False, schedule: str | None = None) -> Estimate:
+        """All schedules, and the one given or the fastest that fits; `quick` simulates the likely
+        one alone.
+        """
         names = self.names()
         if quick:
             names = [next(name for name in ("zigzag", "1f1b", "in turn") if name in names)]
         results = {name: self.run(name) for name in names}
-        fitting = [name for name in results if results[name].fits]
-        if fitting:
+        known = [name for name in names if name in CHOSEN]
+        fitting = [name for name in known if results[name].fits]
+        if schedule is not None:
+            best = schedule
+        elif fitting:
             best = min(fitting, key=lambda name: results[name].seconds)
         else:
-            best = min(results, key=lambda name: results[name].memory_bytes)
+            best = min(known, key=lambda name: results[name].memory_bytes)
         blocks = self.cut()
         busy = (1 - results[best].bubble) * results[best].seconds
         parts = {"work": busy, "waiting": results[best].seconds - busy} | self.outside(blocks)
         per_step = self.config.training.global_batch_size
         total = self.work.total.flops * per_step
         return Estimate(
-            layout=self.layout,
+            layout=self.layout.under(best),
             schedule=best,
             schedules=results,
             prefix_blocks=blocks,
@@ -331,7 +331,7 @@ class Estimator:
         again = 3 if config.training.recompute_prefix else 2
         sent = tensor.block[0] * blocks[-1] * again + tensor.entry[0] * 2
         sent += tensor.suffix_forward[0] + tensor.recompute[0] + tensor.suffix_backward[0]
-        reading = blocks[-1] + (1 if self.inner_steps else 0)
+        reading = traffic.halo_layers(config, blocks[-1], True)
         halo = traffic.halo_bytes(config, layout, shards_a_rank) * reading * 2
         relay = traffic.relay_bytes(config, layout) * 2 * shards_a_rank
         last = layout.pipeline - 1
@@ -345,3 +345,16 @@ class Estimator:
             "gradient reduction": traffic.reduction_bytes(layout, held),
             "parameter gathering": traffic.reduction_bytes(layout, held),
         }
+
+
+def _passes(seconds: PhaseSeconds) -> PhaseSeconds:
+    """The phases that are passes of their own with zigzag parts: the suffix's recomputation and
+    the prefix's slow weights are parts of the backward passes.
+    """
+    return replace(
+        seconds,
+        prefix_backward=seconds.prefix_backward + seconds.prefix_weights,
+        prefix_weights=0.0,
+        suffix_backward=seconds.recompute + seconds.suffix_backward,
+        recompute=0.0,
+    )

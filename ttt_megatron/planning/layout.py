@@ -3,9 +3,11 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from ttt_megatron.config.schema import MemoryPolicy, RunConfig
+from ttt_megatron.config.schema import ContextOrder, MemoryPolicy, RunConfig
 
 POLICIES: tuple[MemoryPolicy, ...] = ("recompute", "save_activations", "save_all")
+TURNS = 2
+"""Parts of the model a stage of an interleaved pipeline holds, unless a recipe says more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,7 +17,9 @@ class Layout:
     tensor: int = 1
     sequence_parallel: bool = False
     context: int = 1
+    context_order: ContextOrder = "1f1b"
     pipeline: int = 1
+    virtual_pipeline: int = 1
     data: int = 1
     micro_batch_size: int = 1
     memory_policy: MemoryPolicy = "recompute"
@@ -32,6 +36,23 @@ class Layout:
     def grid(self) -> tuple[int, int, int, int]:
         """(tensor, context, pipeline, data)."""
         return self.tensor, self.context, self.pipeline, self.data
+
+    @property
+    def schedule(self) -> str:
+        """The order of micro-batches that training takes under this layout."""
+        if self.context == self.pipeline == 1:
+            return "in turn"
+        if self.virtual_pipeline > 1:
+            return "interleaved"
+        return self.context_order
+
+    def under(self, schedule: str) -> "Layout":
+        """The same with the settings that ask for a schedule."""
+        return replace(
+            self,
+            context_order="zigzag" if schedule == "zigzag" else "1f1b",
+            virtual_pipeline=max(self.virtual_pipeline, TURNS) if schedule == "interleaved" else 1,
+        )
 
     def __str__(self) -> str:
         names = ("TP", "CP", "PP", "DP")
@@ -52,7 +73,9 @@ class Layout:
             "parallel.tensor": self.tensor,
             "parallel.sequence_parallel": self.sequence_parallel,
             "parallel.context": self.context,
+            "parallel.context_order": self.context_order,
             "parallel.pipeline": self.pipeline,
+            "parallel.virtual_pipeline": self.virtual_pipeline,
             "parallel.data": self.data,
             "parallel.overlap_grad_reduce": self.overlap,
             "parallel.overlap_param_gather": self.overlap,
@@ -66,7 +89,7 @@ class Layout:
         return [
             f"{key}={text}"
             for key, text in shown.items()
-            if not (key.startswith(optional) and text in ("1", "false"))
+            if not (key.startswith(optional) and text in ("1", "false", "1f1b"))
         ]
 
     def applied(self, config: RunConfig) -> RunConfig:
@@ -87,13 +110,15 @@ class Layout:
 
 
 def recipe_layout(config: RunConfig) -> Layout:
-    """The layout a recipe asks for; settings that a recipe cannot name yet are 1."""
+    """The layout a recipe asks for."""
     parallel, training = config.parallel, config.training
     return Layout(
-        tensor=getattr(parallel, "tensor", 1),
-        sequence_parallel=getattr(parallel, "sequence_parallel", False),
-        context=getattr(parallel, "context", 1),
-        pipeline=getattr(parallel, "pipeline", 1),
+        tensor=parallel.tensor,
+        sequence_parallel=parallel.sequence_parallel,
+        context=parallel.context,
+        context_order=parallel.context_order,
+        pipeline=parallel.pipeline,
+        virtual_pipeline=parallel.virtual_pipeline,
         data=parallel.data,
         micro_batch_size=training.micro_batch_size,
         memory_policy=config.inner.memory_policy,

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from ttt_megatron.config.schema import RunConfig
 from ttt_megatron.planning.layout import Layout, has_inner_steps
 from ttt_megatron.planning.suffix_work import default_segment
+from ttt_megatron.planning.transfers import halo_layers
 from ttt_megatron.planning.units import BYTES, sizes
 
 KINDS = (
@@ -12,6 +13,7 @@ KINDS = (
     "gradients",
     "optimizer",
     "prefix activations",
+    "cotangents of a block",
     "halo",
     "prefix output",
     "weights in compute dtype",
@@ -20,8 +22,10 @@ KINDS = (
     "keys and values",
     "kept by the forward sweep",
     "suffix activations",
+    "attention scores",
     "slow gradients of the sweep",
     "weight gradients put off",
+    "messages under way",
 )
 
 
@@ -45,11 +49,6 @@ class StageMemory:
         found["weight gradients put off"] = self.debt * debts
         return found
 
-    def places(self, limit: float, debts: int = 0) -> int:
-        """Shards in flight that fit into `limit` bytes."""
-        free = limit - sum(self.held.values()) - self.debt * debts
-        return int(free // sum(self.shard.values())) if free > 0 else 0
-
 
 def history_copies(steps: int, segment: int | None) -> int:
     """Copies of the fast weights kept over `steps` inner steps, at the worst moment.
@@ -64,25 +63,63 @@ def history_copies(steps: int, segment: int | None) -> int:
     return max(segments - 1 + last, segments - 2 + segment)
 
 
+@dataclass(frozen=True)
+class Shard:
+    """One of the `number` shards of every sequence: the one at `index`, or None for the most that
+    any of them takes.
+    """
+
+    number: int = 1
+    index: int | None = None
+
+    def past(self, config: RunConfig) -> int:
+        """Tokens of keys and values that it reads from shards to its left."""
+        if self.number == 1:
+            return 0
+        length = config.data.sequence_length
+        index = self.number - 1 if self.index is None else self.index
+        return min((config.model.window_size or length) - 1, length // self.number * index)
+
+    def steps(self, chunks: int) -> int:
+        """Inner steps in its `chunks` chunks: none follows the sequence's last one."""
+        whole = self.number == 1 or self.index == self.number - 1
+        return chunks - 1 if whole else chunks
+
+
 def stage_memory(
-    config: RunConfig, layout: Layout, stage: int, prefix_blocks: int, shards_a_rank: int = 1
+    config: RunConfig,
+    layout: Layout,
+    stage: int,
+    prefix_blocks: int,
+    shards_a_rank: int = 1,
+    *,
+    index: int | None = None,
+    keep_scores: bool = False,
 ) -> StageMemory:
     """The memory of one pipeline stage's processes; `prefix_blocks` are those it holds.
 
-    A rank holds `shards_a_rank` shards of every sequence (2 with zigzag shards). `config` has
-    the layout's settings applied.
+    A rank holds `shards_a_rank` shards of every sequence (2 with zigzag shards); `index` counts
+    one of them, None the most that any takes. With `keep_scores` attention keeps its scores where
+    cached keys are read, as the CPU's does (GPU kernels never store them). `config` has the
+    layout's settings applied.
     """
     first, last = stage == 0, stage == layout.pipeline - 1
+    part = Shard(layout.context * shards_a_rank, index)
     held = _states(config, layout, prefix_blocks, first, last)
-    tokens = config.data.sequence_length // (layout.context * shards_a_rank)
-    tokens *= layout.micro_batch_size
-    shard = _prefix(config, layout, prefix_blocks, last, tokens)
+    tokens = config.data.sequence_length // part.number * layout.micro_batch_size
+    shard = _prefix(config, layout, prefix_blocks, last, tokens, part)
+    if keep_scores:
+        shard["attention scores"] = _shard_scores(config, layout, prefix_blocks, last, part)
+    if not (last and has_inner_steps(config)):
+        held["cotangents of a block"] = _cotangents(config, layout, tokens, part, keep_scores)
     if not last:
         return StageMemory(held, shard)
     if has_inner_steps(config):
         for kind, size in _sweeps_held(config, layout).items():
             held[kind] = held.get(kind, 0.0) + size
-        shard |= _sweeps_shard(config, layout, tokens, shards_a_rank)
+        if keep_scores:
+            held["attention scores"] = _chunk_scores(config, layout)
+        shard |= _sweeps_shard(config, layout, tokens, part)
         debt = _put_off(config, layout) * tokens * BYTES[config.training.precision]
         return StageMemory(held, shard, debt)
     shard["prefix activations"] += _plain_suffix(config, layout, tokens)
@@ -131,9 +168,11 @@ def _split(layout: Layout, whole: float, parted: float) -> float:
 
 
 def _block(config: RunConfig, layout: Layout) -> float:
-    """Elements a token that one block saves."""
+    """Elements a token that one block saves; with sequence parallelism the inputs of the first
+    matrices of attention and MLP are kept gathered.
+    """
     width, ffn = config.model.hidden_size, config.model.ffn_hidden_size
-    return _split(layout, 6 * width, 6 * width + 3 * ffn)
+    return 2 * width + _split(layout, 4 * width, 6 * width + 3 * ffn)
 
 
 def _kv_width(config: RunConfig) -> float:
@@ -141,35 +180,81 @@ def _kv_width(config: RunConfig) -> float:
     return (model.num_kv_heads or model.num_heads) * (model.hidden_size // model.num_heads)
 
 
-def _halo_tokens(config: RunConfig, layout: Layout, shards_a_rank: int) -> int:
-    """Tokens of keys and values that a shard reads from its left neighbours, at most."""
-    if layout.context == 1:
-        return 0
-    length = config.data.sequence_length
-    window = config.model.window_size or length
-    return min(window - 1, length - length // (layout.context * shards_a_rank))
+def _scores(config: RunConfig, layout: Layout, part: Shard) -> tuple[float, float]:
+    """Scores of a layer that reads a whole shard tile by tile, as the CPU's attention does: all of
+    them, and those formed at once.
+    """
+    length, past = config.data.sequence_length // part.number, part.past(config)
+    window = config.model.window_size or config.data.sequence_length
+    rows = 256 if window >= 256 else max(32, 1 << (window - 1).bit_length())
+    tiles = [
+        min(rows, length - start) * (min(start + rows, length) - max(-past, start - window + 1))
+        for start in range(0, length, rows)
+    ]
+    matrices = layout.micro_batch_size * config.model.num_heads / layout.tensor
+    every = sum(tiles) * matrices
+    # Equal tiles go together up to a limit, but not where they reach over the shard's start.
+    together = max(tiles) * matrices
+    return every, together if past else min(every, max(together, 1 << 20))
+
+
+def _shard_scores(config: RunConfig, layout: Layout, blocks: int, last: bool, part: Shard) -> float:
+    """Probabilities of every layer that reads a halo, until its backward pass."""
+    if not part.past(config):
+        return 0.0
+    return 4.0 * _scores(config, layout, part)[0] * _reading(config, blocks, last)
+
+
+def _cotangents(
+    config: RunConfig, layout: Layout, tokens: int, part: Shard, keep_scores: bool
+) -> float:
+    """What the backward pass of one prefix block has at hand."""
+    width, ffn = config.model.hidden_size, config.model.ffn_hidden_size
+    attention, mlp = _split(layout, 2 * width, 10 * width), _split(layout, 2 * width, 3 * ffn)
+    size = tokens * BYTES[config.training.precision]
+    if keep_scores:
+        # Probabilities, their cotangents and those of the scores.
+        return attention * size + 12.0 * _scores(config, layout, part)[1]
+    return max(attention, mlp) * size
+
+
+def _chunk_scores(config: RunConfig, layout: Layout) -> float:
+    """Probabilities of one chunk's pair pass and their tangents, in one layer at a time."""
+    model, chunk = config.model, config.inner.chunk_size
+    if model.num_suffix_layers == 1:
+        return 0.0
+    window = model.window_size or config.data.sequence_length
+    seen = chunk * min(chunk + window - 1, config.data.sequence_length)
+    layers = model.num_suffix_layers - 1
+    return 8.0 * seen * layers * model.num_heads / layout.tensor * layout.micro_batch_size
+
+
+def _reading(config: RunConfig, blocks: int, last: bool) -> int:
+    """Attention layers over whole shards whose inputs are kept."""
+    entry = 1 if last and has_inner_steps(config) else 0
+    return (1 if config.training.recompute_prefix and blocks else blocks) + entry
 
 
 def _prefix(
-    config: RunConfig, layout: Layout, blocks: int, last: bool, tokens: int
+    config: RunConfig, layout: Layout, blocks: int, last: bool, tokens: int, part: Shard
 ) -> dict[str, float]:
     precision = config.training.precision
     element, width = BYTES[precision], config.model.hidden_size
     block = _block(config, layout)
     entry = 1 if last and has_inner_steps(config) else 0
-    whole = _split(layout, 3 * width, 6 * width) * entry
+    whole = (width + _split(layout, 2 * width, 6 * width)) * entry
     if config.training.recompute_prefix:
         kept = blocks * _split(layout, width, 0) + (block if blocks else 0)
     else:
         kept = blocks * block
-    shards = config.data.sequence_length * layout.micro_batch_size // (layout.context * tokens)
-    halo = _halo_tokens(config, layout, shards) * layout.micro_batch_size
-    reading = (1 if config.training.recompute_prefix and blocks else blocks) + entry
+    # What was received is kept also where a block's activations are not.
+    halo, received = part.past(config) * layout.micro_batch_size, halo_layers(config, blocks, last)
+    reading = _reading(config, blocks, last)
     s = sizes(config.model)
     casts = (reading * s.attention + (reading - entry) * s.mlp) * element / layout.tensor
     return {
         "prefix activations": (kept + whole) * tokens * element,
-        "halo": 2 * _kv_width(config) / layout.tensor * halo * reading * element,
+        "halo": 2 * _kv_width(config) / layout.tensor * halo * received * element,
         "prefix output": 2 * width * tokens * element if last else width * tokens * element,
         # Casts of float32 weights stay in the graph until its backward pass.
         "weights in compute dtype": casts if precision in ("bf16", "fp8") else 0.0,
@@ -214,21 +299,19 @@ def _sweeps_held(config: RunConfig, layout: Layout) -> dict[str, float]:
     }
 
 
-def _sweeps_shard(
-    config: RunConfig, layout: Layout, tokens: int, shards_a_rank: int
-) -> dict[str, float]:
+def _sweeps_shard(config: RunConfig, layout: Layout, tokens: int, part: Shard) -> dict[str, float]:
     """What both sweeps keep of a shard: history, keys and values, products by memory policy."""
     model, inner, s = config.model, config.inner, sizes(config.model)
     element, width = BYTES[config.training.precision], model.hidden_size
     sequences, later = layout.micro_batch_size, model.num_suffix_layers - 1
-    chunks = tokens // sequences / inner.chunk_size
-    steps = int(chunks) - (1 if layout.context == 1 else 0) or 1
+    chunks = tokens // sequences // inner.chunk_size
+    steps = part.steps(chunks)
     segment = None
     if inner.two_level:
-        segment = inner.segment_chunks or default_segment(int(chunks))
+        segment = inner.segment_chunks or default_segment(chunks)
     copies = history_copies(steps, segment)
     taped = min(segment or steps, steps) * inner.chunk_size * sequences
-    cached = tokens + _halo_tokens(config, layout, shards_a_rank) * sequences
+    cached = tokens + part.past(config) * sequences
     return {
         "fast-weight history": s.fast * sequences * copies * _master(config) / layout.tensor,
         "keys and values": 4 * later * _kv_width(config) / layout.tensor * cached * element,

@@ -46,10 +46,13 @@ def _recipe(
         reason = f"its replicas take {replica} GPUs each, which does not divide {gpus}"
         return None, f"The recipe's layout cannot fill {gpus} GPUs: {reason}."
     layout = replace(asked, data=gpus // replica)
-    reason = problem(config, layout, hardware.gpus_per_node) or ""
-    if reason:
-        return None, f"The recipe's layout cannot fill {gpus} GPUs: {reason}."
-    return Estimator(config, layout, hardware).estimate(), None
+    obstacle = problem(config, layout, hardware.gpus_per_node)
+    if obstacle is not None:
+        return None, f"The recipe's layout cannot fill {gpus} GPUs: {obstacle}."
+    estimator = Estimator(config, layout, hardware)
+    if layout.schedule not in estimator.names():
+        return None, f"The recipe's layout, {layout} {layout.schedule}, cannot be simulated."
+    return estimator.estimate(schedule=layout.schedule), None
 
 
 def _search(config: RunConfig, hardware: Hardware, gpus: int, top: int) -> list[Estimate]:

@@ -87,17 +87,37 @@ def tensor_traffic(config: RunConfig, layout: Layout) -> TensorTraffic:
     )
 
 
+def halo_layers(config: RunConfig, blocks: int, last: bool) -> int:
+    """Attention layers over whole shards on a stage that holds `blocks` prefix blocks."""
+    if has_inner_steps(config):
+        return blocks + (1 if last else 0)
+    return blocks + (config.model.num_suffix_layers if last else 0)
+
+
+def halo_of(config: RunConfig, layout: Layout, tokens: int) -> float:
+    """Keys and values of one attention layer and micro-batch: of `tokens`, as far as seen."""
+    model = config.model
+    seen = min((model.window_size or config.data.sequence_length) - 1, tokens)
+    kv_width = (model.num_kv_heads or model.num_heads) * (model.hidden_size // model.num_heads)
+    element = BYTES[config.training.precision]
+    return 2.0 * seen * layout.micro_batch_size * kv_width * element / layout.tensor
+
+
+def state_of(config: RunConfig, layout: Layout, tokens: int) -> float:
+    """Fast weights and the suffix's keys and values that `tokens` tokens leave behind."""
+    if not has_inner_steps(config):
+        return 0.0
+    master = 8 if config.training.precision == "fp64" else 4
+    fast = sizes(config.model).fast * layout.micro_batch_size * master / layout.tensor
+    return fast + (config.model.num_suffix_layers - 1) * halo_of(config, layout, tokens)
+
+
 def halo_bytes(config: RunConfig, layout: Layout, shards_a_rank: int) -> float:
     """Keys and values that a rank sends for one attention layer and micro-batch, one direction."""
     if layout.context == 1:
         return 0.0
-    model, length = config.model, config.data.sequence_length
-    shards = layout.context * shards_a_rank
-    window = min((model.window_size or length) - 1, length - length // shards)
-    kv_width = (model.num_kv_heads or model.num_heads) * (model.hidden_size // model.num_heads)
-    element = BYTES[config.training.precision]
-    tokens = window * layout.micro_batch_size * shards_a_rank
-    return 2.0 * tokens * kv_width * element / layout.tensor
+    length, shards = config.data.sequence_length, layout.context * shards_a_rank
+    return shards_a_rank * halo_of(config, layout, length - length // shards)
 
 
 def relay_bytes(config: RunConfig, layout: Layout) -> float:
@@ -105,12 +125,10 @@ def relay_bytes(config: RunConfig, layout: Layout) -> float:
 
     The cotangents that come back are as many.
     """
-    if layout.context == 1 or not has_inner_steps(config):
+    if layout.context == 1:
         return 0.0
-    master = 8 if config.training.precision == "fp64" else 4
-    fast = sizes(config.model).fast * layout.micro_batch_size * master / layout.tensor
-    later = config.model.num_suffix_layers - 1
-    return fast + later * halo_bytes(config, layout, 1)
+    length = config.data.sequence_length
+    return state_of(config, layout, length - length // layout.context)
 
 
 def boundary_bytes(config: RunConfig, layout: Layout) -> float:
