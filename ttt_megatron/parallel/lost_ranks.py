@@ -102,7 +102,7 @@ def _message(meeting: Meeting, error: Exception) -> str:
         wait = in_words(meeting.timeout)
         what = f"waited {wait} in vain (parallel.timeout_minutes)"
     else:
-        what = "lost its connection to another rank"
+        what = "lost a connection"
     where = f"rank {meeting.rank} {what}{_where(error)}"
     if not missing:
         return (
@@ -140,7 +140,7 @@ def _fate(meeting: Meeting, rank: int) -> str | None:
 
 def _where(error: Exception) -> str:
     """The operation that failed, and the function of ours that asked for it."""
-    frames = traceback.extract_tb(error.__traceback__)
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename != __file__]
     ours = [frame for frame in frames if Path(frame.filename).is_relative_to(_PACKAGE)]
     theirs = [frame for frame in frames if "torch/distributed" in frame.filename]
     names = [f.name for f in theirs if f.name != "wrapper" and not f.name.startswith("_")]
@@ -148,7 +148,8 @@ def _where(error: Exception) -> str:
     if not ours:
         return operation
     file = Path(ours[-1].filename).relative_to(_PACKAGE.parent)
-    return f"{operation}, called by {ours[-1].name} ({file}:{ours[-1].lineno})"
+    caller = f"{ours[-1].name} ({file}:{ours[-1].lineno})"
+    return f"{operation}, called by {caller}" if operation else f" in {caller}"
 
 
 def _first_line(error: Exception) -> str:

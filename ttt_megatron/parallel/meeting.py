@@ -7,6 +7,7 @@ could not be made, and after they have broken.
 import os
 import socket
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -41,7 +42,9 @@ class Meeting:
         name = f"{key}/{rank}"
         return self._notes.get(name).decode() if self._notes.check([name]) else None
 
-    def wait_for(self, key: str, ranks: range, timeout: timedelta | None = None) -> dict[int, str]:
+    def wait_for(
+        self, key: str, ranks: Iterable[int], timeout: timedelta | None = None
+    ) -> dict[int, str]:
         """What ranks have left under a key; those that leave nothing within the time are absent."""
         deadline = time.monotonic() + (timeout or self.timeout).total_seconds()
         found = {}
@@ -80,16 +83,16 @@ def meet(timeout: timedelta = DEFAULT_TIMEOUT) -> Meeting:
         ) from error
     store.set_timeout(timeout)
     meeting = Meeting(store=store, rank=rank, world_size=world_size, timeout=timeout)
-    meeting.put("place", _own_place())
+    meeting.put("place", place_of(os.getpid()))
     return meeting
 
 
-def _own_place() -> str:
+def place_of(process: int) -> str:
     """Host, what tells apart the process tables of one host's containers, process and its start."""
     table = Path("/proc/self/ns/pid")
     table_id = os.readlink(table) if table.is_symlink() else ""
-    started = psutil.Process().create_time()
-    return "\t".join([socket.gethostname(), table_id, str(os.getpid()), str(started)])
+    started = psutil.Process(process).create_time()
+    return "\t".join([socket.gethostname(), table_id, str(process), str(started)])
 
 
 def describe(meeting: Meeting, rank: int) -> str:
@@ -103,7 +106,7 @@ def describe(meeting: Meeting, rank: int) -> str:
 
 def state_of(meeting: Meeting, rank: int) -> str | None:
     """Whether a rank's process runs: "running", "stopped", "gone"; None on another machine."""
-    place, own = meeting.find("place", rank), _own_place()
+    place, own = meeting.find("place", rank), place_of(os.getpid())
     if place is None or place.split("\t")[:2] != own.split("\t")[:2]:
         return None
     _, _, process, started = place.split("\t")

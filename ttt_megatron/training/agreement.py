@@ -65,13 +65,16 @@ def require_agreement(meeting: Meeting, facts: dict[str, Any]) -> None:
     ours = _from_first(meeting, "facts")
     differences = _differences(json.loads(ours), json.loads(json.dumps(facts)))
     meeting.put("differences", "; ".join(differences))
+    came: list[int] = []
     if meeting.rank == 0:
-        meeting.put("verdict", _verdict(meeting))
+        told = meeting.wait_for("differences", range(meeting.world_size))
+        came = list(told)
+        meeting.put("verdict", _verdict(meeting, told))
     verdict = _from_first(meeting, "verdict")
     if verdict:
         meeting.put("heard", "")
         if meeting.rank == 0:  # which may hold the store that the others still read
-            meeting.wait_for("heard", range(meeting.world_size), _GRACE)
+            meeting.wait_for("heard", came, _GRACE)
         raise UserError(verdict)
 
 
@@ -97,10 +100,9 @@ def _shown(facts: dict[str, Any], key: str) -> str:
     return str(facts[key]) if key in facts else "nothing"
 
 
-def _verdict(meeting: Meeting) -> str:
-    """What all ranks are told, empty if they agree; on rank 0."""
+def _verdict(meeting: Meeting, differences: dict[int, str]) -> str:
+    """What all ranks are told, given what each differs in; empty if they agree."""
     ranks = range(meeting.world_size)
-    differences = meeting.wait_for("differences", ranks)
     absent = [describe(meeting, rank) for rank in ranks if rank not in differences]
     if absent:
         return (
