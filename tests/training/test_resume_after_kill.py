@@ -64,6 +64,7 @@ def test_killed_runs_resume_exactly(data: Path, tmp_path: Path) -> None:
             training__steps=20,
             training__save_interval=2,
             training__precision="fp64",
+            training__async_save=name != "whole",
             parallel__data=processes,
         )
 
