@@ -76,7 +76,7 @@ def _hold_sigterm() -> Any:
             signal.signal(number, previous)
             signal.raise_signal(number)
 
-    if threading.current_thread() is not threading.main_thread():
+    if previous is None or threading.current_thread() is not threading.main_thread():
         return None
     return signal.signal(signal.SIGTERM, hold)
 

@@ -82,6 +82,8 @@ class BackgroundWrite:
                 written[index] = self._write(index, bucket)
             if self._results is not None:
                 self._results.put(written)
+            if self._stop.is_set():
+                return
             files = [Path(path) for path, _, _ in self._buckets]
             self.entries = describe_files(self._folder, files)
         except Exception as error:

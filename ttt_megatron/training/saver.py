@@ -7,6 +7,7 @@ the two, training may go on: what has no final name is no checkpoint.
 
 import shutil
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,9 +112,12 @@ class Saver:
             if groups.is_main:
                 remove([save.beside])
             raise self._failure(save.final, "; ".join(errors))
-        with megatron_scope():
-            for finalize in save.request.finalize_fns:
-                finalize()
+        try:
+            with megatron_scope():
+                for finalize in save.request.finalize_fns:
+                    finalize()
+        except OSError as error:  # of the main rank, which writes the list of tensors
+            raise self._failure(save.final, f"rank {groups.rank}: {error}") from error
         written = {name: entry for entries, _ in outcomes for name, entry in entries.items()}
         self._on_main(save.final, lambda: self._commit(save, written))
         return save.final
@@ -140,7 +144,7 @@ class Saver:
         self._removal = threading.Thread(target=remove, args=(doomed,), daemon=True)
         self._removal.start()
 
-    def _on_main(self, final: Path, work: Any) -> None:
+    def _on_main(self, final: Path, work: Callable[[], object]) -> None:
         """Does it on the main rank; all ranks wait, and all raise UserError if it cannot be done.
 
         Collective.
