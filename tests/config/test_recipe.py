@@ -90,11 +90,13 @@ def test_dictionaries_and_yaml_round_trip_exactly(write):
     "name", [n for n, key in known_keys().items() if key.kind is str or key.kind is bool]
 )
 def test_every_text_and_switch_survives_a_saved_recipe(write, name):
-    # What other switches need.
-    data: dict = {"parallel": {"overlap_grad_reduce": True, "tensor": 2}}
-    if name == "parallel.overlap_grad_reduce":
-        data = {"parallel": {"overlap_grad_reduce": False}}
-    elif "." in name:
+    needed = {
+        "parallel.sequence_parallel": {"tensor": 2},
+        "parallel.context_order": {"context": 2},
+        "parallel.overlap_param_gather": {"overlap_grad_reduce": True},
+    }
+    data: dict = {"parallel": needed.get(name, {})}
+    if "." in name:
         section, field = name.split(".")
         data.setdefault(section, {})[field] = other_value(name)
     else:

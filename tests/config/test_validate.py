@@ -100,6 +100,14 @@ def resolve(tmp_path):
         ["parallel.virtual_pipeline=2"],
         ["parallel.virtual_pipeline=5", "parallel.pipeline=2"],
         ["parallel.virtual_pipeline=2", "parallel.pipeline=2"],
+        ["optimizer.engine=fsdp"],
+        ["optimizer.zero_stage=2"],
+        ["optimizer.zero_stage=3", "optimizer.engine=deepspeed"],
+        ["parallel.tensor=2", "optimizer.engine=deepspeed"],
+        ["parallel.context=2", "optimizer.engine=deepspeed"],
+        ["parallel.pipeline=2", "optimizer.engine=deepspeed"],
+        ["parallel.overlap_grad_reduce=true", "optimizer.engine=deepspeed"],
+        ["training.precision=fp64", "optimizer.engine=deepspeed"],
     ],
 )
 def test_impossible_values_are_refused_by_name_and_value(resolve, overrides):
@@ -139,6 +147,8 @@ def test_impossible_values_are_refused_by_name_and_value(resolve, overrides):
         ["parallel.context=4", "parallel.context_order=zigzag"],
         ["parallel.pipeline=3", "parallel.context=2"],
         ["parallel.pipeline=2", "parallel.virtual_pipeline=1"],
+        ["optimizer.engine=deepspeed", "training.precision=bf16"],
+        ["optimizer.engine=deepspeed", "optimizer.zero_stage=2"],
     ],
 )
 def test_values_at_the_edge_are_possible(resolve, overrides):

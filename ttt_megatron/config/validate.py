@@ -32,6 +32,7 @@ _POSITIVE = (
     "data.sequence_length",
     "optimizer.lr",
     "optimizer.eps",
+    "optimizer.zero_stage",
     "parallel.data",
     "parallel.tensor",
     "parallel.context",
@@ -199,8 +200,8 @@ def _engine(config: RunConfig) -> Iterator[str]:
             "optimizer.zero_stage = 3 is not possible: the inner loop runs the model on detached "
             "weights, which the hooks that gather stage 3's parameters never see; choose 1 or 2"
         )
-    elif stage not in (1, 2):
-        yield f"optimizer.zero_stage = {stage} must be 1 or 2"
+    elif stage > 3:
+        yield f"optimizer.zero_stage = {stage} is no stage of ZeRO; choose 1 or 2"
     if engine == "megatron":
         if stage == 2:
             yield (
