@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -18,7 +19,7 @@ class Traffic:
     """Collectives of one process by kind (`allreduce`, `allgather`, `reduce_scatter`, `send`, …).
 
     `calls` and `elements`, where a collective's elements are those of the whole tensor: the one
-    reduced, gathered, or to be scattered.
+    reduced, gathered, or to be scattered. Groups of one process send nothing and are left out.
     """
 
     calls: Counter[str] = field(default_factory=Counter)
@@ -35,7 +36,7 @@ class _Listener(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if func.namespace == "c10d":
+        if func.namespace == "c10d" and _group_size(func, args) > 1:
             name = func._schema.name.removeprefix("c10d::").strip("_")
             kind = next((known for known in _KINDS if name.startswith(known)), name)
             self._traffic.calls[kind] += 1
@@ -46,6 +47,16 @@ class _Listener(TorchDispatchMode):
             ]
             self._traffic.elements[kind] += max(sizes, default=0)
         return func(*args, **(kwargs or {}))
+
+
+def _group_size(func: Any, args: tuple[Any, ...]) -> int:
+    """Processes in the group that a c10d operation is called on."""
+    [group] = [
+        arg
+        for parameter, arg in zip(func._schema.arguments, args, strict=False)
+        if parameter.name == "process_group"
+    ]
+    return ProcessGroup.unbox(group).size()
 
 
 @contextmanager
