@@ -341,9 +341,12 @@ def _taped(config: RunConfig, layout: Layout) -> float:
 
 
 def _put_off(config: RunConfig, layout: Layout) -> float:
-    """Elements a token that the gradients of the suffix's static matrices are formed from."""
-    model = config.model
+    """Elements a token that the gradients of the suffix's static matrices and of the head are
+    formed from: inputs and cotangents of their products, as pairs.
+    """
+    model, tensor = config.model, layout.tensor
     width, layers = model.hidden_size, model.num_suffix_layers
-    attention = 4 * width + 2 * _kv_width(config)
-    mlp = 2 * width + 3 * model.ffn_hidden_size
-    return 2 * ((layers - 1) * attention + layers * mlp) / layout.tensor
+    attention = 2 * width + (2 * width + 2 * _kv_width(config)) / tensor
+    mlp = 2 * width + 3 * model.ffn_hidden_size / tensor
+    head = width + (model.vocab_size or 0) / tensor
+    return 2 * ((layers - 1) * attention + layers * mlp + head)
