@@ -90,6 +90,8 @@ def whole(case: Case) -> Result:
 
 def in_parts(case: Case, links: ContextLinks) -> Result:
     """What the links' ranks compute together, put together on every rank."""
+    # Links know one model's shapes.
+    links.known.clear()
     learner = case.build()
     parts = context_parts(links, case.length // links.num_parts, case.model_config.window_size)
     by_part = dict(zip(links.own_parts, parts, strict=True))

@@ -56,7 +56,8 @@ def _plain(ddp: Any, links: ContextLinks, parts: list, batches: dict[int, Batche
         loss = ddp(*own[index], None, parts[0]).loss
         return loss, loss.detach()
 
-    return context_forward_backward(ddp, links, len(own), forward)
+    sizes = [len(tokens) for tokens, _, _ in own]
+    return context_forward_backward(ddp, links, parts[0], sizes, forward)
 
 
 def _zigzag(

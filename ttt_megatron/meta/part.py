@@ -46,11 +46,20 @@ class Part(SequencePart):
     def receive_state(self, state: Boundary) -> None:
         """Fill `state` with what the part before ended in; the first part leaves it as it is."""
 
+    def expect_state(self, rows: int) -> None:
+        """The state of a batch of so many sequences may come in from now on.
+
+        A pass that receives it has to follow; all passes are expected in their order.
+        """
+
     def send_state(self, state: Boundary) -> None:
         """Hand on what this part ended in; the tensors may change afterwards."""
 
     def receive_cotangent(self, cotangent: Boundary) -> None:
         """Fill in the cotangent of what was sent; the last part leaves it as it is."""
+
+    def expect_cotangent(self, rows: int) -> None:
+        """The same for the cotangent of what was sent."""
 
     def send_cotangent(self, cotangent: Boundary) -> None:
         """Hand back the cotangent of what was received."""

@@ -93,6 +93,22 @@ class ContextPart(Part):
         if not self.is_first:
             self._send(cotangent, "backward", self.index - 1)
 
+    def expect_state(self, rows: int) -> None:
+        """Of the first such batch the shapes are not known: it comes when it is received."""
+        if not self.is_first:
+            self._expect("forward", self.index - 1, rows)
+
+    def expect_cotangent(self, rows: int) -> None:
+        """Likewise."""
+        if not self.is_last:
+            self._expect("backward", self.index + 1, rows)
+
+    def _expect(self, direction: Direction, other: int, rows: int) -> None:
+        channel = self._links.channel(direction, "state", self.index, other)
+        for shape, dtype, device in self._links.known.get((direction, self.index, rows), []):
+            buffer = torch.empty(shape, dtype=dtype, device=device)
+            channel.expect(buffer, self._links.owner(other))
+
     def _send(self, boundary: Boundary, direction: Direction, other: int) -> None:
         channel = self._links.channel(direction, "state", self.index, other)
         for tensor in boundary.tensors:
@@ -101,8 +117,11 @@ class ContextPart(Part):
 
     def _receive(self, boundary: Boundary, direction: Direction, other: int) -> None:
         channel = self._links.channel(direction, "state", self.index, other)
-        for tensor in boundary.tensors:
+        tensors = boundary.tensors
+        for tensor in tensors:
             channel.receive(tensor, self._links.owner(other), "state")
+        key = direction, self.index, len(tensors[0])
+        self._links.known.setdefault(key, [(t.shape, t.dtype, t.device) for t in tensors])
 
 
 def visible_entries(distance: int, length: int, window: int | None) -> int:

@@ -3,13 +3,14 @@
 What one part needs of another always comes from an earlier part in a forward pass and from a
 later one in a backward pass. Each direction has a process group of its own: in one group, whose
 messages are taken in order, a forward pass on one rank and a backward pass on its neighbour would
-wait for each other for ever. For the same reason, where a rank holds two parts whose passes it
-takes in an order of its own, every kind of message between either has a group of its own.
+wait for each other for ever. For the same reason every kind of message has a group of its own,
+since a state may be expected while halos are exchanged, and so have messages between the first and
+the second parts of ranks that hold two, whose passes mix differently on different ranks.
 """
 
 import time
 from collections import Counter, deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Literal
 
@@ -30,8 +31,9 @@ class Channel:
     """Messages of a kind, which arrive in the order they are sent.
 
     Sending never waits: one rank would wait in a forward pass for its neighbour in a backward
-    pass, and the other way round. `bytes_sent` counts by kind; `seconds_waited` is the time the
-    host was blocked in `receive` (with NCCL the device waits instead).
+    pass, and the other way round. A message can come in before it is asked for, if it is expected.
+    `bytes_sent` counts by kind; `seconds_waited` is the time the host was blocked in `receive`
+    (with NCCL the device waits instead).
     """
 
     def __init__(self, group: ProcessGroup) -> None:
@@ -39,6 +41,7 @@ class Channel:
         self._rank = group.rank()
         self._to_itself: deque[Tensor] = deque()
         self._under_way: deque[tuple[Work, Tensor]] = deque()
+        self._expected: deque[tuple[Work, Tensor]] = deque()
         self.bytes_sent: Counter[Kind] = Counter()
         self.seconds_waited = 0.0
 
@@ -64,15 +67,36 @@ class Channel:
         if peer == self._rank:
             into.copy_(self._to_itself.popleft())
             return
-        buffer = into if into.is_contiguous() else torch.empty_like(into).contiguous()
+        if self._expected:
+            work, buffer = self._expected.popleft()
+            if buffer.shape != into.shape or buffer.dtype != into.dtype:
+                raise RuntimeError(
+                    f"{kind} of the shape {tuple(buffer.shape)} was expected from rank {peer}, and "
+                    f"{tuple(into.shape)} is to be received"
+                )
+        else:
+            buffer = into if into.is_contiguous() else torch.empty_like(into).contiguous()
+            work = self._begin(buffer, peer)
         start = time.perf_counter()
         with span(f"wait for {kind}"):
-            work = dist.irecv(buffer, group=self._group, group_src=peer)
-            assert work is not None
             work.wait()
         self.seconds_waited += time.perf_counter() - start
         if buffer is not into:
             into.copy_(buffer)
+
+    def expect(self, buffer: Tensor, peer: int) -> None:
+        """Let the next message of a rank come into a contiguous buffer from now on.
+
+        The `receive` that is called for it takes it from there; messages are received in the order
+        they are expected in.
+        """
+        if buffer.numel() and peer != self._rank:
+            self._expected.append((self._begin(buffer, peer), buffer))
+
+    def _begin(self, buffer: Tensor, peer: int) -> Work:
+        work = dist.irecv(buffer, group=self._group, group_src=peer)
+        assert work is not None
+        return work
 
     def settle(self) -> None:
         """Wait until everything sent has arrived; then nothing is kept any more."""
@@ -80,6 +104,8 @@ class Channel:
             self._under_way.popleft()[0].wait()
 
 
+Like = tuple[torch.Size, torch.dtype, torch.device]
+"""What it takes to make a buffer."""
 Lane = tuple[Direction, Kind, bool, bool]
 """Direction, kind, and whether the earlier and the later part are a rank's second."""
 
@@ -96,6 +122,9 @@ class ContextLinks:
     size: int
     zigzag: bool
     channels: dict[Lane, Channel]
+    known: dict[tuple[Direction, int, int], list[Like]] = field(default_factory=dict)
+    """What a part of the one model that uses these links has received as state: by direction, part
+    and number of rows."""
 
     @property
     def num_parts(self) -> int:
@@ -151,6 +180,6 @@ def _lanes(zigzag: bool) -> list[list[Lane]]:
     directions: tuple[Direction, ...] = ("forward", "backward")
     kinds: tuple[Kind, ...] = ("halo", "state")
     if not zigzag:
-        return [[(direction, kind, False, False) for kind in kinds] for direction in directions]
+        return [[(direction, kind, False, False)] for direction in directions for kind in kinds]
     turns = [(False, False), (False, True), (True, True)]
     return [[(d, kind, *turn)] for d in directions for kind in kinds for turn in turns]

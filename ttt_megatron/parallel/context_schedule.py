@@ -12,11 +12,17 @@ from typing import TypeVar
 Passed = TypeVar("Passed")
 
 
+def _nothing(index: int) -> None:
+    """Nothing can be expected."""
+
+
 def one_forward_one_backward(
     num_micro_batches: int,
     ahead: int,
     forward: Callable[[int], Passed],
     backward: Callable[[int, Passed], None],
+    expect_forward: Callable[[int], None] = _nothing,
+    expect_backward: Callable[[int], None] = _nothing,
 ) -> None:
     """Run `forward(i)` and `backward(i, its result)` for every micro-batch, each in order.
 
@@ -24,11 +30,31 @@ def one_forward_one_backward(
     of parts and of pipeline stages, that a forward pass goes through. It holds at most ahead + 1
     micro-batches at a time: of parts, one whole sequence's worth on rank 0. Any number of
     micro-batches will do.
+
+    `expect_forward(i)` and `expect_backward(i)` are called before the pass that precedes it, so
+    that what the pass receives may come in meanwhile.
     """
-    waiting: deque[tuple[int, Passed]] = deque()
-    for index in range(num_micro_batches):
-        waiting.append((index, forward(index)))
-        if len(waiting) > ahead:
-            backward(*waiting.popleft())
-    while waiting:
-        backward(*waiting.popleft())
+    order = _order(num_micro_batches, ahead)
+    waiting: deque[Passed] = deque()
+    for place, (is_forward, index) in enumerate(order):
+        if place == 0:
+            expect_forward(index)
+        if place + 1 < len(order):
+            next_is_forward, next_index = order[place + 1]
+            expect = expect_forward if next_is_forward else expect_backward
+            expect(next_index)
+        if is_forward:
+            waiting.append(forward(index))
+        else:
+            backward(index, waiting.popleft())
+
+
+def _order(num_micro_batches: int, ahead: int) -> list[tuple[bool, int]]:
+    """The passes in turn: (whether forward, micro-batch)."""
+    order = []
+    for index in range(num_micro_batches + ahead):
+        if index < num_micro_batches:
+            order.append((True, index))
+        if 0 <= index - ahead < num_micro_batches:
+            order.append((False, index - ahead))
+    return order

@@ -5,7 +5,7 @@ data × context ranks, which divides by the number of context ranks once too oft
 own schedules, these multiply the loss by that number.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import TypeVar
 
@@ -35,18 +35,20 @@ Measured = TypeVar("Measured")
 def context_forward_backward(
     ddp: DistributedDataParallel,
     links: ContextLinks,
-    num_micro_batches: int,
+    part: Part,
+    batch_sizes: Sequence[int],
     forward: Callable[[int], tuple[Tensor, Measured]],
     stages: StageLinks | None = None,
 ) -> list[Measured]:
     """Leaves the mean gradient of the global batch in the DDP's buffers, reduced over the ranks.
 
-    `forward(i)` runs micro-batch i through `ddp` and returns this part's loss and anything else;
-    the latter is returned, of all micro-batches. Where `ddp` holds a pipeline stage but the last,
+    `forward(i)` runs micro-batch i, of `batch_sizes[i]` sequences, through `ddp` and returns this
+    part's loss and anything else; the latter is returned, of all micro-batches. Where `ddp` holds a pipeline stage but the last,
     it returns the stream that leaves it, and what came in is `stages`' too. Takes the place of
     mcore's schedules, whose last micro-batch is likewise the one that lets the gradients be
     reduced.
     """
+    num_micro_batches = len(batch_sizes)
     scale = links.size / num_micro_batches
     ahead = links.size - 1 - links.rank
     ends_here = stages is None or stages.is_last
@@ -72,8 +74,20 @@ def context_forward_backward(
                 assert stages is not None
                 out.backward(stages.receive_cotangent(out))
 
+    relays = ends_here and learner_of(ddp).takes_steps()
+
+    def expect_state(index: int) -> None:
+        if relays:
+            part.expect_state(batch_sizes[index])
+
+    def expect_cotangent(index: int) -> None:
+        if relays:
+            part.expect_cotangent(batch_sizes[index])
+
     with megatron_scope():
-        one_forward_one_backward(num_micro_batches, ahead, run_forward, run_backward)
+        one_forward_one_backward(
+            num_micro_batches, ahead, run_forward, run_backward, expect_state, expect_cotangent
+        )
         links.settle()
         if stages is not None:
             stages.settle()

@@ -40,6 +40,10 @@ products in memory, and more of them gain little.
 """
 
 
+_RECEIVING = ("suffix_forward", "suffix_backward")
+"""Passes that receive the inner loop's state, or its cotangent."""
+
+
 @dataclass(frozen=True)
 class PartPass:
     """One pass, a method of `PartPasses`, over one part of one micro-batch."""
@@ -104,7 +108,12 @@ class PartPasses(Generic[Measured]):
         Raises RuntimeError if the order leaves gradients that were put off unformed.
         """
         self._kinds = {one.kind for one in order}
+        steps = self.learner.takes_steps()
+        receiving = iter([one for one in order if steps and one.kind in _RECEIVING])
+        self._expect(next(receiving, None))
         for one in order:
+            if steps and one.kind in _RECEIVING:
+                self._expect(next(receiving, None))
             getattr(self, one.kind)(one.micro_batch, one.part)
         links.settle()
         if self._owed:
@@ -112,6 +121,17 @@ class PartPasses(Generic[Measured]):
                 "slow weights' gradients were put off and never formed: (half, micro-batch, part) "
                 f"{sorted(self._owed)} have no pass for them in the order"
             )
+
+    def _expect(self, one: PartPass | None) -> None:
+        """What the pass receives may come in from now on."""
+        if one is None:
+            return
+        part = self.parts[one.part]
+        rows = len(self.batch(one.micro_batch, one.part)[0])
+        if one.kind == "suffix_forward":
+            part.expect_state(rows)
+        else:
+            part.expect_cotangent(rows)
 
     @contextmanager
     def _put_off(self, half: str, micro_batch: int, part: int) -> Iterator[None]:

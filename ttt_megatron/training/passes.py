@@ -75,7 +75,9 @@ def _in_own_order(
             chunk.module.set_input_tensor(stream)
         return _run(chunk, batch, inner_lr, groups)
 
-    return context_forward_backward(chunk, groups.links, len(micro_batches), forward, stages)
+    [own] = own_parts(micro_batches[0], groups.links, learner)
+    sizes = [len(batch) for batch in micro_batches]
+    return context_forward_backward(chunk, groups.links, own.part, sizes, forward, stages)
 
 
 def _in_zigzag(
