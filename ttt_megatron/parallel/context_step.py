@@ -43,10 +43,10 @@ def context_forward_backward(
     """Leaves the mean gradient of the global batch in the DDP's buffers, reduced over the ranks.
 
     `forward(i)` runs micro-batch i, of `batch_sizes[i]` sequences, through `ddp` and returns this
-    part's loss and anything else; the latter is returned, of all micro-batches. Where `ddp` holds a pipeline stage but the last,
-    it returns the stream that leaves it, and what came in is `stages`' too. Takes the place of
-    mcore's schedules, whose last micro-batch is likewise the one that lets the gradients be
-    reduced.
+    part's loss and anything else; the latter is returned, of all micro-batches. Where `ddp` holds
+    a pipeline stage but the last, it returns the stream that leaves it, and what came in is
+    `stages`' too. Takes the place of mcore's schedules, whose last micro-batch is likewise the one
+    that lets the gradients be reduced.
     """
     num_micro_batches = len(batch_sizes)
     scale = links.size / num_micro_batches
