@@ -17,6 +17,8 @@ from ttt_megatron.training.callbacks.metrics_log import METRICS_FILE, read_metri
 
 ROWS = 8
 """Steps shown in the table."""
+SMALLEST_GAP = 1e-9
+"""Shown for curves that are equal."""
 
 
 def run(
@@ -60,9 +62,9 @@ def draw(curves: dict[str, dict[int, float]], path: Path) -> None:
     for place, (name, losses) in enumerate(curves.items()):
         width = 1.0 + 1.5 * (len(curves) - 1 - place)
         above.plot(list(losses), list(losses.values()), label=name, linewidth=width)
-        gaps = [max(abs(losses[step] / first[step] - 1), 1e-17) for step in losses]
+        gaps = [max(abs(losses[step] / first[step] - 1), SMALLEST_GAP) for step in losses]
         if place:
-            below.plot(list(losses), gaps, label=name, linewidth=1)
+            below.plot(list(losses), gaps, label=name, linewidth=1, color=f"C{place}")
     above.set(ylabel="nats a token")
     above.legend()
     below.set(xlabel="step", ylabel="relative difference to the first", yscale="log")
