@@ -23,8 +23,8 @@ def compare(measured, expected):
         for name in ("weights", "gradients", "optimizer", "prefix activations"):
             assert own[name] == pytest.approx(kinds[name], rel=0.15), name
         # One copy of the fast weights, of the keys and values: what the moment decides.
-        assert own["fast-weight history"] >= kinds["fast-weight history"]
-        assert own["fast-weight history"] <= kinds["fast-weight history"] + 3 * 128 * 256 * 2 * 4
+        kept = kinds.get("fast-weight history", 0)
+        assert kept <= own["fast-weight history"] <= kept + 3 * 128 * 256 * 2 * 4
 
 
 def test_one_process_holds_what_is_planned(folder):
