@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -193,14 +192,19 @@ def outer_step(
 
 def courses(cases: Sequence[Case], device: str = "cpu") -> list[tuple[Course, float]]:
     """The cases one after the other, with the seconds each took. Collective over all processes."""
-    found = []
     with processes(device) as own_device:
-        for parallel, alike in groupby(cases, key=lambda case: case.parallel):
-            with layout(own_device, parallel) as groups:
-                for case in alike:
-                    start = time.perf_counter()
-                    course = train(groups, case)
-                    found.append((course, time.perf_counter() - start))
+        return under_layouts(own_device, cases)
+
+
+def under_layouts(device: torch.device, cases: Sequence[Case]) -> list[tuple[Course, float]]:
+    """The same in processes that have been started."""
+    found = []
+    for case in cases:
+        # Links between parts serve one model: each case has its own.
+        with layout(device, case.parallel) as groups:
+            start = time.perf_counter()
+            course = train(groups, case)
+            found.append((course, time.perf_counter() - start))
     return found
 
 

@@ -1,13 +1,13 @@
 """Training steps in parts of sequences and in pipeline stages, with replicas, and alone."""
 
 from dataclasses import replace
-from itertools import groupby
 
 import pytest
-from parallel_course import Course, Kind, train, worst
+import step_traffic
+from parallel_course import Course, Kind, under_layouts, worst
 
 from ttt_megatron.config import ParallelConfig
-from ttt_megatron.parallel.groups import layout, processes
+from ttt_megatron.parallel.groups import processes
 from ttt_megatron.parallel.launcher import launch
 
 BOUND = 1e-10
@@ -62,28 +62,34 @@ MORE_OF_FOUR = [
 ]
 
 
-def _courses(kinds: list[Kind]) -> list[Course]:
-    found: list[Course] = []
+def _courses(
+    kinds: list[Kind], counted: list[Kind]
+) -> tuple[list[Course], list[list[step_traffic.Counted]]]:
+    """Courses of some kinds, and what a step of others sends."""
     with processes("cpu") as device:
-        for parallel, alike in groupby(kinds, key=lambda kind: kind.parallel):
-            with layout(device, parallel) as groups:
-                found += [train(groups, kind) for kind in alike]
-    return found
+        found = [course for course, _ in under_layouts(device, kinds)]
+        return found, step_traffic.count(device, counted)
 
 
 @pytest.mark.parametrize(
-    ("kinds", "processes"),
+    ("kinds", "counted", "processes"),
     [
-        pytest.param(TWO, 2, id="two"),
-        pytest.param(FOUR_RANKS, 4, id="four"),
-        pytest.param(MORE_OF_TWO, 2, marks=pytest.mark.slow, id="more of two"),
-        pytest.param(MORE_OF_FOUR, 4, marks=pytest.mark.slow, id="more of four"),
+        pytest.param(TWO, step_traffic.TWO, 2, id="two"),
+        pytest.param(FOUR_RANKS, [], 4, id="four"),
+        pytest.param(MORE_OF_TWO, [], 2, marks=pytest.mark.slow, id="more of two"),
+        pytest.param(
+            MORE_OF_FOUR, step_traffic.FOUR_RANKS, 4, marks=pytest.mark.slow, id="more of four"
+        ),
     ],
 )
-def test_parts_train_what_one_process_does(kinds: list[Kind], processes: int) -> None:
+def test_parts_train_what_one_process_does_and_send_what_formulas_say(
+    kinds: list[Kind], counted: list[Kind], processes: int
+) -> None:
     whole = [replace(kind, parallel=ParallelConfig(), micro=kind.sequences) for kind in kinds]
-    alone = _courses(whole)
-    together = launch(_courses, (kinds,), processes)
+    alone, _ = _courses(whole, [])
+    together, counts = launch(_courses, (kinds, counted), processes)
     for kind, one, course in zip(kinds, alone, together, strict=True):
         error, name = worst(course, one)
         assert error < BOUND, (kind, name, error)
+    for kind, ranks in zip(counted, counts, strict=True):
+        step_traffic.hold_to_formulas(kind, ranks)
