@@ -8,6 +8,8 @@ and for cotangents (ȳ, ẏ̄), u = g ȳ, w = g ẏ̄:
 
     ẋ̄ = r w − r³ mean(w x) x
     x̄ = r u − r³ mean(u x) x − r³ mean(w ẋ) x + 3 r⁵ μ mean(w x) x − r³ mean(w x) ẋ − r³ μ w
+
+Below as plain PyTorch; on CUDA, but in float64, `triton_rms_norm` does the same in one kernel each.
 """
 
 from typing import Any
@@ -18,6 +20,7 @@ from torch import Tensor
 from ttt_kernels.dtypes import accumulation_dtype
 from ttt_kernels.mode import uses_plain_definitions
 from ttt_kernels.rms_norm.reference import rms_norm_reference
+from ttt_kernels.triton_launch import suits_triton
 
 
 def _row_mean(a: Tensor, b: Tensor) -> Tensor:
@@ -27,6 +30,12 @@ def _row_mean(a: Tensor, b: Tensor) -> Tensor:
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float) -> Tensor:
+        if suits_triton(x, gain):
+            from ttt_kernels.rms_norm import triton_rms_norm
+
+            out, scale = triton_rms_norm.forward(x, gain, eps)
+            ctx.save_for_backward(x, gain, scale)
+            return out
         wide = x.to(accumulation_dtype(x.dtype))
         scale = (_row_mean(wide, wide) + eps).rsqrt()
         ctx.save_for_backward(x, gain, scale)
@@ -36,6 +45,10 @@ class _RMSNorm(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, gain, scale = ctx.saved_tensors
+        if suits_triton(x, gain):
+            from ttt_kernels.rms_norm import triton_rms_norm
+
+            return *triton_rms_norm.backward(x, gain, scale, dy, ctx.needs_input_grad[1]), None
         normed = x.to(scale.dtype) * scale
         dy = dy.to(scale.dtype)
         u = dy * gain
@@ -49,6 +62,12 @@ class _RMSNorm(torch.autograd.Function):
 class _RMSNormPair(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, pair: Tensor, gain: Tensor, eps: float) -> Tensor:
+        if suits_triton(pair, gain):
+            from ttt_kernels.rms_norm import triton_rms_norm
+
+            out, scale, along = triton_rms_norm.pair_forward(pair, gain, eps)
+            ctx.save_for_backward(pair, gain, scale, along)
+            return out
         wide = pair.to(accumulation_dtype(pair.dtype))
         x, dot_x = wide[0], wide[1]
         scale = (_row_mean(x, x) + eps).rsqrt()
@@ -65,6 +84,12 @@ class _RMSNormPair(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
         pair, gain, scale, along = ctx.saved_tensors
+        if suits_triton(pair, gain):
+            from ttt_kernels.rms_norm import triton_rms_norm
+
+            want_gain = ctx.needs_input_grad[1]
+            kept = gain, scale, along
+            return *triton_rms_norm.pair_backward(pair, *kept, cotangent, want_gain), None
         wide = pair.to(scale.dtype)
         cotangent = cotangent.to(scale.dtype)
         normed = wide[0] * scale

@@ -1,4 +1,7 @@
-"""Rotary position embedding: linear in x, so a pair is rotated like any other batch."""
+"""Rotary position embedding: linear in x, so a pair is rotated like any other batch.
+
+Below as plain PyTorch; on CUDA, but in float64, `triton_rope` does the same in one kernel.
+"""
 
 from typing import Any
 
@@ -8,6 +11,7 @@ from torch import Tensor
 from ttt_kernels.dtypes import accumulation_dtype
 from ttt_kernels.mode import uses_plain_definitions
 from ttt_kernels.rope.reference import rope_reference
+from ttt_kernels.triton_launch import suits_triton
 
 
 def rotations(start: int, length: int, head_dim: int, theta: float, like: Tensor) -> Tensor:
@@ -24,7 +28,12 @@ def rotations(start: int, length: int, head_dim: int, theta: float, like: Tensor
     return table if like.dtype == torch.float64 else table.to(torch.complex64)
 
 
-def _rotate(x: Tensor, rotation: Tensor) -> Tensor:
+def _rotate(x: Tensor, rotation: Tensor, back: bool = False) -> Tensor:
+    if suits_triton(x):
+        from ttt_kernels.rope import triton_rope
+
+        return triton_rope.rotate(x, rotation, back)
+    rotation = rotation.conj() if back else rotation
     wide = x.to(accumulation_dtype(x.dtype)).contiguous()
     turned = torch.view_as_complex(wide.unflatten(-1, (-1, 2))) * rotation.unsqueeze(-2)
     return torch.view_as_real(turned).flatten(-2).to(x.dtype)
@@ -40,7 +49,7 @@ class _Rope(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         (rotation,) = ctx.saved_tensors
-        return _rotate(dy, rotation.conj()), None
+        return _rotate(dy, rotation, back=True), None
 
 
 def rope(x: Tensor, rotation: Tensor) -> Tensor:

@@ -5,6 +5,8 @@ With σ = sigmoid(a), s = aσ, s' = σ + s(1 − σ), s'' = σ(1 − σ)(2 + a(1
     y = s b        ẏ = s' ȧ b + s ḃ
     ā = ȳ s' b + ẏ̄ (s'' ȧ b + s' ḃ)      b̄ = ȳ s + ẏ̄ s' ȧ
     ǡ = ẏ̄ s' b                           ḃ̄ = ẏ̄ s
+
+Below as plain PyTorch; on CUDA, but in float64, `triton_swiglu` does the same in one kernel each.
 """
 
 from typing import Any
@@ -15,6 +17,7 @@ from torch import Tensor
 from ttt_kernels.dtypes import accumulation_dtype
 from ttt_kernels.mode import uses_plain_definitions
 from ttt_kernels.swiglu.reference import swiglu_reference
+from ttt_kernels.triton_launch import suits_triton
 
 
 def _silu_and_slope(gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -29,6 +32,10 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
         ctx.save_for_backward(gate_up)
+        if suits_triton(gate_up):
+            from ttt_kernels.swiglu import triton_swiglu
+
+            return triton_swiglu.forward(gate_up)
         gate, up = gate_up.to(accumulation_dtype(gate_up.dtype)).chunk(2, dim=-1)
         return (torch.nn.functional.silu(gate) * up).to(gate_up.dtype)
 
@@ -36,6 +43,10 @@ class _SwiGLU(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Tensor:
         (gate_up,) = ctx.saved_tensors
+        if suits_triton(gate_up):
+            from ttt_kernels.swiglu import triton_swiglu
+
+            return triton_swiglu.backward(gate_up, dy)
         wide = gate_up.to(accumulation_dtype(gate_up.dtype))
         gate, up = wide.chunk(2, dim=-1)
         dy = dy.to(wide.dtype)
@@ -51,6 +62,10 @@ class _SwiGLUPair(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, pair: Tensor) -> Tensor:
         ctx.save_for_backward(pair)
+        if suits_triton(pair):
+            from ttt_kernels.swiglu import triton_swiglu
+
+            return triton_swiglu.pair_forward(pair)
         wide = pair.to(accumulation_dtype(pair.dtype))
         gate, up = wide[0].chunk(2, dim=-1)
         dot_gate, dot_up = wide[1].chunk(2, dim=-1)
@@ -64,6 +79,10 @@ class _SwiGLUPair(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, cotangent: Tensor) -> Tensor:
         (pair,) = ctx.saved_tensors
+        if suits_triton(pair):
+            from ttt_kernels.swiglu import triton_swiglu
+
+            return triton_swiglu.pair_backward(pair, cotangent)
         wide = pair.to(accumulation_dtype(pair.dtype))
         gate, up = wide[0].chunk(2, dim=-1)
         dot_gate, dot_up = wide[1].chunk(2, dim=-1)

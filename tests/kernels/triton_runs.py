@@ -1,0 +1,40 @@
+"""Where tests of Triton kernels run, and how exact results are."""
+
+import os
+
+import pytest
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+ON_CPU = pytest.param(
+    "cpu",
+    marks=[
+        pytest.mark.interpreter,
+        pytest.mark.skipif(not INTERPRETED, reason="TRITON_INTERPRET is not set"),
+    ],
+)
+ON_CUDA = pytest.param(
+    "cuda",
+    marks=[
+        pytest.mark.gpu,
+        pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET is set"),
+        pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+    ],
+)
+DEVICES = [ON_CPU, ON_CUDA]
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def assert_near(actual, expected, dtype):
+    """Every tensor within the dtype's share of the largest entry of its float64 counterpart."""
+    # CUDA's exponentials and roots are a few units in the last place off.
+    exact = 1e-6 if actual[0].device.type == "cpu" else 4e-6
+    for a, e in zip(actual, expected, strict=True):
+        error = (a.double() - e).abs().max() / e.abs().max().clamp_min(1e-30)
+        assert error <= (exact if dtype == torch.float32 else 1e-2), float(error)
+
+
+def wide(tensors):
+    """Their float64 copies, as leaves."""
+    return [x.detach().double().requires_grad_() for x in tensors]
