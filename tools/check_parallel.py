@@ -11,7 +11,7 @@ Without a layout one process in micro-batches is held to one that takes the batc
 shows how far rounding alone goes.
 
 --golden compares with a golden file too: its weights and data under the same layout at the file's
-own inner learning rate (1.0; B 0.37), its token and chunk losses, inner and outer gradient norms,
+own inner learning rate (1.0; B 0.46), its token and chunk losses, inner and outer gradient norms,
 fast weights and meta-gradients, and where it has them losses and parameters of three outer steps.
 
 An error is the largest difference within an array relative to its largest entry. The exit status
@@ -123,6 +123,18 @@ def golden_case(path: Path, kind: Kind) -> GoldenCase:
     return GoldenCase(path=path, parallel=kind.parallel)
 
 
+def refuse_impossible(case: Case, source: str) -> None:
+    """Raises UserError for what a recipe's validation refuses, or training before it starts."""
+    validate(case.config, source)
+    vocabulary, parts = case.config.model.vocab_size, case.parallel.tensor
+    assert vocabulary is not None
+    if vocabulary % parts:
+        raise UserError(
+            f"{source}: parallel.tensor = {parts} does not divide model.vocab_size = {vocabulary}; "
+            f"choose a number of processes that does."
+        )
+
+
 def check(kinds: dict[str, Kind], golden: Path | None = None, device: str = "cpu") -> list[Check]:
     """Errors of cases with equally many processes, in one launch.
 
@@ -130,11 +142,11 @@ def check(kinds: dict[str, Kind], golden: Path | None = None, device: str = "cpu
     """
     together: list[Case] = []
     for name, kind in kinds.items():
-        validate(kind.config, name)
+        refuse_impossible(kind, name)
         together.append(kind)
         if golden is not None:
             case = golden_case(golden, kind)
-            validate(case.config, f"{golden} under {name}")
+            refuse_impossible(case, f"{golden} under {name}")
             together.append(case)
     size = together[0].parallel.world_size
     arguments = (together, device)

@@ -45,6 +45,7 @@ def test_a_difference_to_the_golden_file_is_told(tmp_path, capsys):
         (["--schedule", "interleaved"], "needs pipeline-parallel processes"),
         (["--pipeline", "2", "--schedule", "interleaved", "--micro-batches", "3"], "in groups of"),
         (["--tensor", "3", "--golden", str(GOLDEN)], "does not divide model.num_heads = 4"),
+        (["--tensor", "2", "--golden", str(GOLDEN.with_stem("B"))], "model.vocab_size = 97"),
         (["--data", "0"], "must be greater than 0"),
         (["--golden", "nowhere.npz"], "not a golden file"),
     ],
