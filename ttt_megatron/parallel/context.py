@@ -105,7 +105,9 @@ class ContextPart(Part):
 
     def _expect(self, direction: Direction, other: int, rows: int) -> None:
         channel = self._links.channel(direction, "state", self.index, other)
-        for shape, dtype, device in self._links.known.get((direction, self.index, rows), []):
+        for shape, dtype, device in self._links.known.get(
+            (direction, self.start, self.length, rows), []
+        ):
             buffer = torch.empty(shape, dtype=dtype, device=device)
             channel.expect(buffer, self._links.owner(other))
 
@@ -120,7 +122,7 @@ class ContextPart(Part):
         tensors = boundary.tensors
         for tensor in tensors:
             channel.receive(tensor, self._links.owner(other), "state")
-        key = direction, self.index, len(tensors[0])
+        key = direction, self.start, self.length, len(tensors[0])
         self._links.known.setdefault(key, [(t.shape, t.dtype, t.device) for t in tensors])
 
 

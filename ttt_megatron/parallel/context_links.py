@@ -122,9 +122,9 @@ class ContextLinks:
     size: int
     zigzag: bool
     channels: dict[Lane, Channel]
-    known: dict[tuple[Direction, int, int], list[Like]] = field(default_factory=dict)
-    """What a part of the one model that uses these links has received as state: by direction, part
-    and number of rows."""
+    known: dict[tuple[Direction, int, int, int], list[Like]] = field(default_factory=dict)
+    """What a part of the one model that uses these links has received as state: by direction, the
+    part's start and length, and number of rows."""
 
     @property
     def num_parts(self) -> int:
