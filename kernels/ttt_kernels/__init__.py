@@ -5,6 +5,12 @@ times) and a first-order implementation with a closed-form backward (`op.py`). A
 tensor with a leading axis of 2: index 0 the primal value, index 1 its tangent.
 """
 
+from ttt_kernels.clipped_sgd.op import (
+    add_scaled_,
+    clip_factor,
+    scaled_differences,
+    sequence_products,
+)
 from ttt_kernels.deferred import WeightGradients, putting_off, weight_gradients
 from ttt_kernels.fast_linear.op import fast_linear, fast_linear_pair
 from ttt_kernels.linear.op import linear, linear_pair
@@ -17,6 +23,8 @@ from ttt_kernels.swiglu.op import swiglu, swiglu_pair
 
 __all__ = [
     "WeightGradients",
+    "add_scaled_",
+    "clip_factor",
     "fast_linear",
     "fast_linear_pair",
     "linear",
@@ -29,6 +37,8 @@ __all__ = [
     "rms_norm_pair",
     "rope",
     "rotations",
+    "scaled_differences",
+    "sequence_products",
     "swa_attention",
     "swa_attention_pair",
     "swiglu",

@@ -25,7 +25,7 @@ def suits_triton(*tensors: Tensor) -> bool:
     They do if all lie on a CUDA device (anywhere, where Triton interprets its kernels) and none is
     float64, which has its plain implementation on every device.
     """
-    if not _has_triton():
+    if not tensors or not _has_triton():
         return False
     return all(
         (x.is_cuda or _interprets()) and x.dtype in (torch.float32, torch.bfloat16, torch.float16)

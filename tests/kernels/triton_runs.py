@@ -5,6 +5,8 @@ import os
 import pytest
 import torch
 
+pytest.importorskip("triton", reason="Triton is not installed")
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 ON_CPU = pytest.param(

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+import ttt_kernels
 from ttt_megatron.model.mlp import FastMLP
 
 
@@ -33,8 +34,7 @@ SumParts = Callable[[Tensor], Tensor]
 
 def product(a: Sequence[Tensor], b: Sequence[Tensor], sum_parts: SumParts) -> Tensor:
     """⟨a, b⟩ over the whole list and all parts, per sequence: [b]."""
-    own = [torch.linalg.vecdot(x.flatten(1), y.flatten(1)) for x, y in zip(a, b, strict=True)]
-    return sum_parts(torch.stack(own).sum(0))
+    return sum_parts(ttt_kernels.sequence_products(a, b))
 
 
 def norm(a: Sequence[Tensor], sum_parts: SumParts) -> Tensor:
@@ -44,25 +44,17 @@ def norm(a: Sequence[Tensor], sum_parts: SumParts) -> Tensor:
 
 def clip_factor(gradient_norm: Tensor, clip: float) -> Tensor:
     """min(1, clip/‖g‖), and 1 where clip is 0 or the gradient vanishes: [b]."""
-    if clip == 0.0:
-        return torch.ones_like(gradient_norm)
-    return torch.where(gradient_norm < clip, 1.0, clip / gradient_norm.clamp_min(clip))
-
-
-def _rows(per_sequence: Tensor) -> Tensor:
-    return per_sequence.view(-1, 1, 1)
+    return ttt_kernels.clip_factor(gradient_norm, clip)
 
 
 def step_(weights: Sequence[Tensor], gradient: Sequence[Tensor], rate: Tensor) -> None:
     """w ← w − rate·g in place; rate [b] is the learning rate times the clip factor."""
-    for w, g in zip(weights, gradient, strict=True):
-        w.addcmul_(g, _rows(rate), value=-1)
+    ttt_kernels.add_scaled_(weights, gradient, rate, sign=-1)
 
 
 def undo_step_(weights: Sequence[Tensor], gradient: Sequence[Tensor], rate: Tensor) -> None:
     """w ← w + rate·g in place: the weights before `step_`, up to rounding."""
-    for w, g in zip(weights, gradient, strict=True):
-        w.addcmul_(g, _rows(rate))
+    ttt_kernels.add_scaled_(weights, gradient, rate)
 
 
 def clip_adjoint(
@@ -83,7 +75,4 @@ def clip_adjoint(
     factor = clip_factor(gradient_norm, clip)
     safe = torch.where(clipped, gradient_norm, 1.0)
     radial = torch.where(clipped, factor * product(gradient, v, sum_parts) / safe.square(), 0.0)
-    return [
-        torch.addcmul(x * _rows(factor), g, _rows(radial), value=-1)
-        for x, g in zip(v, gradient, strict=True)
-    ]
+    return ttt_kernels.scaled_differences(v, factor, gradient, radial)
