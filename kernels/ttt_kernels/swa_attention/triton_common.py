@@ -3,6 +3,7 @@
 Positions are counted from the first own query: query i sits at i, own key j at j, and the cached
 keys at −P … −1. Query i sees key j if 0 ≤ i − j < window.
 """
+# mypy: disallow-untyped-defs=False
 
 import triton
 import triton.language as tl

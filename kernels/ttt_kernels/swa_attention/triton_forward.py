@@ -1,4 +1,5 @@
 """Forward pass: output and log-sum-exp, one program a tile of queries."""
+# mypy: disallow-untyped-defs=False
 
 import triton
 import triton.language as tl

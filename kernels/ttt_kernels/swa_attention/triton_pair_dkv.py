@@ -3,6 +3,7 @@
 The formulas stand in `triton_pair_dq`; here tiles are transposed, keys by queries, so that a
 program sums over queries in registers.
 """
+# mypy: disallow-untyped-defs=False
 
 import triton
 import triton.language as tl

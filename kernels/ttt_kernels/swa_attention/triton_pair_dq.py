@@ -6,6 +6,7 @@ With P the probabilities, Ṡ the scores' tangent, μ = rowsum(P∘Ṡ), G = E V
     dds = P∘(G − γ)                                  (cotangent of Ṡ)
     ds  = P∘(Ō Vᵀ + E V̇ᵀ + G∘(Ṡ − μ) − γṠ − δ)       (cotangent of S)
 """
+# mypy: disallow-untyped-defs=False
 
 import triton
 import triton.language as tl
