@@ -13,6 +13,8 @@ from ttt_kernels.clipped_sgd.op import (
 )
 from ttt_kernels.deferred import WeightGradients, putting_off, weight_gradients
 from ttt_kernels.fast_linear.op import fast_linear, fast_linear_pair
+from ttt_kernels.fp8_linear.op import Float8Weight, fp8_linear, fp8_linear_pair, fp8_weight
+from ttt_kernels.fp8_linear.scaling import CurrentScaling, DelayedScaling
 from ttt_kernels.linear.op import linear, linear_pair
 from ttt_kernels.linear_cross_entropy.op import linear_cross_entropy, linear_cross_entropy_pair
 from ttt_kernels.mode import plain_definitions, uses_plain_definitions
@@ -22,11 +24,17 @@ from ttt_kernels.swa_attention.op import swa_attention, swa_attention_pair
 from ttt_kernels.swiglu.op import swiglu, swiglu_pair
 
 __all__ = [
+    "CurrentScaling",
+    "DelayedScaling",
+    "Float8Weight",
     "WeightGradients",
     "add_scaled_",
     "clip_factor",
     "fast_linear",
     "fast_linear_pair",
+    "fp8_linear",
+    "fp8_linear_pair",
+    "fp8_weight",
     "linear",
     "linear_cross_entropy",
     "linear_cross_entropy_pair",

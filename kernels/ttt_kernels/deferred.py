@@ -8,11 +8,23 @@ its factors; `WeightGradients.form` does the products later.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ttt_kernels.mode import uses_plain_definitions
+
+
+class OtherProduct(Protocol):
+    """A share of a weight's gradient [out, in] from factors in a format of their own."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the factors."""
+
+    def form(self, dtype: torch.dtype) -> Tensor:
+        """The share."""
 
 
 @dataclass(frozen=True)
@@ -35,18 +47,20 @@ class WeightGradients:
 
     def __init__(self) -> None:
         self._products: list[_Product] = []
+        self._others: list[tuple[Tensor, OtherProduct]] = []
         self._stand_ins: dict[int, tuple[Tensor, Tensor]] = {}
         self._formed = False
 
     @property
     def pending(self) -> int:
         """Products not formed yet."""
-        return len(self._products)
+        return len(self._products) + len(self._others)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the products' factors."""
-        return sum(p.dy.nbytes + p.x.nbytes for p in self._products)
+        others = sum(product.nbytes for _, product in self._others)
+        return others + sum(p.dy.nbytes + p.x.nbytes for p in self._products)
 
     def stand_in(self, weight: Tensor) -> Tensor:
         """A leaf with the weight's values; whatever gradient it gets becomes the weight's."""
@@ -59,10 +73,17 @@ class WeightGradients:
 
         Raises RuntimeError after `form`: nobody would ever form this product.
         """
+        self._products.append(_Product(self._owner(weight), dy, x, scale))
+
+    def add_product(self, weight: Tensor, product: OtherProduct) -> None:
+        """The same for a product of another kind."""
+        self._others.append((self._owner(weight), product))
+
+    def _owner(self, weight: Tensor) -> Tensor:
         if self._formed:
             raise RuntimeError("a weight's gradient was put off after those put off were formed")
         _, owner = self._stand_ins.get(id(weight), (weight, weight))
-        self._products.append(_Product(owner, dy, x, scale))
+        return owner
 
     @torch.no_grad()
     def form(self) -> None:
@@ -76,9 +97,13 @@ class WeightGradients:
                 continue
             product = torch.mm(one.dy.mT, one.x).to(total.dtype)
             total.add_(product if one.scale is None else product.mul_(one.scale))
-        for leaf, weight in self._stand_ins.values():
+        while self._others:
+            weight, other = self._others.pop()
+            total = _total(weight)
+            total.add_(other.form(total.dtype))
+        for leaf, owner in self._stand_ins.values():
             if leaf.grad is not None:
-                _total(weight).add_(leaf.grad)
+                _total(owner).add_(leaf.grad)
         self._stand_ins.clear()
 
 
@@ -102,6 +127,10 @@ class Receiver:
     def add(self, dy: Tensor, x: Tensor, scale: Tensor | None = None) -> None:
         """As `WeightGradients.add`."""
         self.gradients.add(self.weight, dy, x, scale)
+
+    def add_product(self, product: OtherProduct) -> None:
+        """As `WeightGradients.add_product`."""
+        self.gradients.add_product(self.weight, product)
 
 
 # Of the whole process: autograd runs backward passes, and checkpointing runs forward passes within
