@@ -9,11 +9,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ttt_megatron.config.schema import MemoryPolicy
 from ttt_megatron.meta import inner_step
+from ttt_megatron.meta.chunk import Reading, Suffix
 from ttt_megatron.meta.problem import Problem
 from ttt_megatron.meta.substitute import substituted
 from ttt_megatron.meta.suffix_kv import ChunkCache
 from ttt_megatron.meta.tape import Entry, Recorded, Tape, keep_adjoint
+from ttt_megatron.model.attention import KV
 
 
 @dataclass
@@ -52,23 +55,72 @@ def read_chunk(
     problem: Problem, prefix_output: Tensor, state: SweepState, report: SweepReport, chunk: int
 ) -> None:
     """Read a chunk without an inner step: losses, keys and values."""
-    rows = problem.tokens(chunk)
-    with torch.no_grad(), substituted(problem.slots, detached(problem)):
-        hidden, own = problem.run_suffix(
-            chunk, prefix_output[:, rows], state.kv.past(rows.start), inner_step.as_mlps(state.fast)
-        )
+    suffix, rows = problem.suffix, problem.tokens(chunk)
+    reading = problem.reading(prefix_output, state.kv, state.fast, chunk)
+    with torch.no_grad(), substituted(suffix.slots, suffix.detached()):
+        fast = inner_step.as_mlps(reading.fast)
+        hidden, own = suffix.run(reading.x, reading, reading.past, fast)
         if chunk in report.logits:
             report.logits[chunk] = problem.model.logits(hidden)
         hidden = problem.model.slots.head.enter(hidden)
-        targets, weights = problem.targets[:, rows], problem.token_weights[:, rows]
-        _, nll = problem.model.loss(hidden, targets, weights)
+        _, nll = problem.model.loss(hidden, reading.targets, reading.token_weights)
     state.kv.write(rows.start, own)
     report.token_nll[:, rows] = nll
 
 
-def detached(problem: Problem) -> list[Tensor]:
-    """The suffix's slow weights as constants."""
-    return [slot.tensor.detach() for slot in problem.slots]
+@dataclass(frozen=True)
+class GradientPlan:
+    """How `chunk_gradient` runs.
+
+    record: keep what the reverse sweep needs, by `policy`; wants_logits: form them too.
+    """
+
+    suffix: Suffix
+    policy: MemoryPolicy
+    record: bool
+    wants_logits: bool
+
+
+@dataclass(frozen=True)
+class ChunkGradient:
+    """A chunk's nll [b, C], its keys and values, and the gradient as in `ChunkHistory`."""
+
+    nll: Tensor
+    own: list[KV]
+    gradient: list[Tensor]
+    gradient_norm: Tensor
+    head: Entry
+    tape: Tape | None
+    logits: Tensor | None
+
+
+def chunk_gradient(plan: GradientPlan, reading: Reading, _: list[Tensor]) -> ChunkGradient:
+    """The gradient of a chunk's loss by its fast weights, nothing else moving."""
+    model, slots = plan.suffix.model, plan.suffix.slots
+    leaves = [w.detach().requires_grad_() for w in reading.fast]
+    tape = Tape(plan.policy) if plan.record and plan.policy != "recompute" else None
+    head, logits = Entry(), None
+    with torch.enable_grad(), substituted(slots, plan.suffix.detached()):
+        x = reading.x.detach()
+        hidden, own = plan.suffix.run(
+            x if tape is None else Recorded(x, tape),
+            reading,
+            reading.past,
+            inner_step.as_mlps(leaves),
+        )
+        hidden = hidden.value if isinstance(hidden, Recorded) else hidden
+        if plan.wants_logits:
+            logits = model.logits(hidden.detach())
+        hidden = model.slots.head.enter(hidden)
+        loss, nll = model.loss(
+            keep_adjoint(hidden, head) if plan.record else hidden,
+            reading.targets,
+            reading.token_weights,
+        )
+    gradient = list(torch.autograd.grad(loss, leaves))
+    gradient_norm = inner_step.norm(gradient, model.slots.sum_parts)
+    own = [KV(kv.k.detach(), kv.v.detach()) for kv in own]
+    return ChunkGradient(nll, own, gradient, gradient_norm, head, tape, logits)
 
 
 def step_through_chunk(
@@ -80,35 +132,22 @@ def step_through_chunk(
     record: bool,
 ) -> ChunkHistory | None:
     """Read a chunk and take the inner step on its loss; `state` moves on to the next chunk."""
-    settings, rows = problem.settings, problem.tokens(chunk)
-    leaves = [w.detach().requires_grad_() for w in state.fast]
-    tape = Tape(settings.policy) if record and settings.policy != "recompute" else None
-    head = Entry()
-    with torch.enable_grad(), substituted(problem.slots, detached(problem)):
-        x = prefix_output[:, rows]
-        hidden, own = problem.run_suffix(
-            chunk,
-            x if tape is None else Recorded(x, tape),
-            state.kv.past(rows.start),
-            inner_step.as_mlps(leaves),
-        )
-        hidden = hidden.value if isinstance(hidden, Recorded) else hidden
-        if chunk in report.logits:
-            report.logits[chunk] = problem.model.logits(hidden.detach())
-        hidden = problem.model.slots.head.enter(hidden)
-        loss, nll = problem.model.loss(
-            keep_adjoint(hidden, head) if record else hidden,
-            problem.targets[:, rows],
-            problem.token_weights[:, rows],
-        )
-    gradient = list(torch.autograd.grad(loss, leaves))
-    gradient_norm = inner_step.norm(gradient, problem.model.slots.sum_parts)
-    rate = settings.lr * inner_step.clip_factor(gradient_norm, settings.clip)
-    inner_step.step_(state.fast, gradient, rate)
-    state.kv.write(rows.start, own)
-    report.token_nll[:, rows] = nll
+    settings, rows, runner = problem.settings, problem.tokens(chunk), problem.runner
+    plan = GradientPlan(problem.suffix, settings.policy, record, chunk in report.logits)
+    reading = problem.reading(prefix_output, state.kv, state.fast, chunk)
+    found = runner.run(chunk_gradient, plan, reading, [])
+    rate = settings.lr * inner_step.clip_factor(found.gradient_norm, settings.clip)
+    inner_step.step_(state.fast, found.gradient, rate)
+    state.kv.write(rows.start, found.own)
+    report.token_nll[:, rows] = found.nll
+    if found.logits is not None:
+        report.logits[chunk] = runner.keep(found.logits)
+    gradient_norm = runner.keep(found.gradient_norm)
     report.gradient_norms.append(gradient_norm)
-    return ChunkHistory(gradient, gradient_norm, rate, head, tape) if record else None
+    if not record:
+        return None
+    gradient, head, tape = runner.keep((found.gradient, found.head, found.tape))
+    return ChunkHistory(gradient, gradient_norm, rate, head, tape)
 
 
 def new_report(problem: Problem, logits_of: tuple[int, ...] = ()) -> SweepReport:

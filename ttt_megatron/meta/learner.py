@@ -5,12 +5,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+import ttt_megatron.meta.float8  # noqa: F401  (registers what float8 does with operands)
 from ttt_megatron.config.schema import InnerConfig, ModelConfig
 from ttt_megatron.meta import inner_step
 from ttt_megatron.meta.forward_sweep import SweepReport
 from ttt_megatron.meta.meta_loss import default_segment, meta_loss, read_sequence
 from ttt_megatron.meta.part import WHOLE, Part
 from ttt_megatron.meta.problem import InnerSettings, Problem, chunk_token_weights
+from ttt_megatron.model.float8 import Products, float8_layers, use_float8
 from ttt_megatron.model.init import initialize
 from ttt_megatron.model.slots import Slots
 from ttt_megatron.model.stage import Stage
@@ -41,7 +43,8 @@ class LearnerOutput:
 class Learner(nn.Module):
     """A language model that learns while it reads, ready to be trained; or a stage of one.
 
-    dtype is that of the parameters (float32, or float64), compute_dtype that of activations.
+    dtype is that of the parameters (float32, or float64), compute_dtype that of activations;
+    `float8` makes the products of static linear maps, if they are to be in float8.
     """
 
     def __init__(
@@ -55,6 +58,7 @@ class Learner(nn.Module):
         seed: int = 1,
         slots: Slots | None = None,
         stage: Stage | None = None,
+        float8: Products | None = None,
     ) -> None:
         super().__init__()
         self.inner = inner
@@ -62,6 +66,13 @@ class Learner(nn.Module):
         self.recompute_prefix = recompute_prefix
         self.model = LanguageModel(model_config, slots, stage).to(dtype)
         initialize(self.model, model_config, seed)
+        if float8 is not None:
+            use_float8(self.model, float8)
+
+    def begin_pass(self) -> None:
+        """Take note of the weights as they are. The passes of this class do so by themselves."""
+        for layer in float8_layers(self.model).values():
+            layer.float8.begin_pass(layer.weight)
 
     @property
     def fast_parameter_names(self) -> list[str]:

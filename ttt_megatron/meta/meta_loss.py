@@ -5,7 +5,7 @@ To whatever surrounds it (data-parallel hooks, schedules, optimizers) a meta ste
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -99,9 +99,9 @@ class MetaRun:
     def _read_last_chunk(self) -> None:
         """The last chunk's graph is built at once: nothing but its cotangent is missing."""
         problem, chunk = self.problem, self.problem.num_chunks - 1
-        self.last = plain_graph(
-            problem, self.prefix_output, self.state.kv, self.state.fast, self.slow, chunk
-        )
+        reading = problem.reading(self.prefix_output, self.state.kv, self.state.fast, chunk)
+        weighted = replace(reading, token_weights=reading.token_weights * problem.chunk_weight)
+        self.last = plain_graph(problem.suffix, weighted, self.slow)
         assert self.last.nll is not None
         self.report.token_nll[:, problem.tokens(chunk)] = self.last.nll
 
@@ -119,6 +119,7 @@ class MetaRun:
         cotangents = Cotangents(
             [], problem.new_kv(), torch.empty_like(self.prefix_output), self.slow
         )
+        problem.runner.start_gradients(self.slow)
         self._start_from_the_end(cotangents, loss_scale)
         fast = self.state.fast
         for segment in reversed(self.segments()):
@@ -137,7 +138,7 @@ class MetaRun:
                 )
         slow = []
         if self.put_off is None:
-            slow = [torch.zeros_like(x) if x.grad is None else x.grad for x in self.slow]
+            slow = problem.runner.gradients(self.slow)
         self.slow = []
         return cotangents.prefix_output, slow, self._leave_at_the_start(cotangents)
 
@@ -197,7 +198,7 @@ def meta_loss(problem: Problem, prefix_output: Tensor) -> tuple[Tensor, MetaRun]
     slow ones' are formed with those put off.
     """
     run = MetaRun(problem, weight_gradients())
-    slow = [slot.tensor for slot in problem.slots] if run.put_off is None else []
+    slow = [slot.tensor for slot in problem.suffix.slots] if run.put_off is None else []
     fast = inner_step.flatten(problem.model.initial_fast_weights())
     loss: Tensor = _MetaLoss.apply(run, prefix_output, len(slow), *slow, *fast)
     return loss, run

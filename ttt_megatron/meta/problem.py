@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from ttt_megatron.config.schema import MemoryPolicy
+from ttt_megatron.meta.chunk import Reading, Suffix
 from ttt_megatron.meta.part import WHOLE, Boundary, Part
-from ttt_megatron.meta.substitute import ParameterSlot, suffix_parameters
-from ttt_megatron.meta.suffix_kv import SuffixKV
-from ttt_megatron.model import ops
+from ttt_megatron.meta.passes import DIRECT, Runner
+from ttt_megatron.meta.substitute import suffix_parameters
+from ttt_megatron.meta.suffix_kv import ChunkCache, SuffixKV
 from ttt_megatron.model.attention import KV
-from ttt_megatron.model.ops import Operand
 from ttt_megatron.model.transformer import LanguageModel
 
 
@@ -48,7 +48,8 @@ class Problem:
     """A batch of sequences, or a part of each, of which the prefix has been run.
 
     targets [b, T] int64; token_weights [b, T]: see `chunk_token_weights`; chunk losses weigh
-    1/(N·b) each in the loss. T, N, chunks and positions are the part's.
+    1/(N·b) each in the loss. T, N, chunks and positions are the part's. `runner` runs the passes
+    over chunks that are followed by an inner step.
 
     Raises ValueError if the sequences are cut into parts elsewhere than between chunks.
     """
@@ -59,7 +60,8 @@ class Problem:
     token_weights: Tensor
     rotation: Tensor
     part: Part = WHOLE
-    slots: list[ParameterSlot] = field(init=False)
+    runner: Runner = DIRECT
+    suffix: Suffix = field(init=False)
 
     def __post_init__(self) -> None:
         stop = 0 if self.part.is_last else self.length
@@ -68,7 +70,7 @@ class Problem:
                 f"a part of {self.length} tokens from {self.part.start} on does not lie between "
                 f"chunks of {self.settings.chunk_size}"
             )
-        self.slots = suffix_parameters(self.model)
+        self.suffix = Suffix(self.model, tuple(suffix_parameters(self.model)))
 
     @property
     def length(self) -> int:
@@ -120,9 +122,16 @@ class Problem:
         stop = self.length if after else 0
         return Boundary(fast, kv.entries(stop - self._visible(self.part.start + stop), stop))
 
-    def run_suffix(
-        self, chunk: int, x: Operand, past: list[KV | None], fast: list
-    ) -> tuple[Operand, list[KV]]:
-        """The suffix over one chunk's slice of the prefix output."""
-        own = ops.map_tokens(x, self.model.slots.own_tokens)
-        return self.model.suffix(own, self.rotation[self.tokens(chunk)], past, fast)
+    def reading(
+        self, prefix_output: Tensor, kv: ChunkCache, fast: list[Tensor], chunk: int
+    ) -> Reading:
+        """What a pass over a chunk reads; views."""
+        rows = self.tokens(chunk)
+        return Reading(
+            x=prefix_output[:, rows],
+            rotation=self.rotation[rows],
+            targets=self.targets[:, rows],
+            token_weights=self.token_weights[:, rows],
+            past=kv.past(rows.start),
+            fast=fast,
+        )

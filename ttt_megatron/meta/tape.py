@@ -4,7 +4,7 @@ The operations that multiply matrices write one entry each, in the order they ru
 (`save_activations`) and the adjoints of their inputs (`save_all`). The reverse sweep runs the
 same operations on pairs and reads the entries in the same order. The cotangent of a tangent is
 −lr times the adjoint the forward sweep computed for the value itself, so a kept adjoint spares a
-matrix product.
+matrix product; the reverse sweep scales them all before it starts.
 """
 
 from collections.abc import Callable
@@ -47,7 +47,6 @@ class Kept:
     """An entry as the reverse sweep sees it."""
 
     entry: Entry
-    tangent_scale: float
 
     @property
     def output(self) -> Tensor | None:
@@ -61,21 +60,19 @@ class Kept:
 
     def dot_input(self, index: int = 0) -> Tensor | None:
         """The cotangent of the tangent of an input, if its adjoint was kept."""
-        adjoint = self.entry.adjoints.get(index)
-        return None if adjoint is None else adjoint * self.tangent_scale
+        return self.entry.adjoints.get(index)
 
 
 class Playback:
     """Reads a tape in order; without a tape (`recompute`) every entry is empty."""
 
-    def __init__(self, tape: Tape | None, tangent_scale: float) -> None:
+    def __init__(self, tape: Tape | None) -> None:
         self._entries = None if tape is None else iter(tape.entries)
-        self._scale = tangent_scale
 
     def next(self) -> Kept:
         """The entry of the operation about to run."""
         entry = Entry() if self._entries is None else next(self._entries)
-        return Kept(entry, self._scale)
+        return Kept(entry)
 
 
 @dataclass(frozen=True)
