@@ -276,7 +276,7 @@ class Estimator:
         by_worker = [held[w // ranks].at(live[w], debts[w]) for w in range(workers)]
         memory = max(by_worker, key=lambda kinds: sum(kinds.values()))
         return ScheduleResult(
-            bubble=max(0.0, 1 - work / (workers * seconds)),
+            bubble=max(0.0, round(1 - work / (workers * seconds), 12)),
             seconds=seconds,
             memory=memory,
             fits=sum(memory.values()) <= self.hardware.memory_bytes,
@@ -299,8 +299,9 @@ class Estimator:
         else:
             best = min(known, key=lambda name: results[name].memory_bytes)
         blocks = self.cut()
-        busy = (1 - results[best].bubble) * results[best].seconds
-        parts = {"work": busy, "waiting": results[best].seconds - busy} | self.outside(blocks)
+        waiting = results[best].bubble * results[best].seconds
+        work = results[best].seconds - waiting
+        parts = {"work": work, "waiting": waiting} | self.outside(blocks)
         per_step = self.config.training.global_batch_size
         total = self.work.total.flops * per_step
         return Estimate(
