@@ -11,6 +11,7 @@ from ttt_megatron.meta import inner_step
 from ttt_megatron.meta.forward_sweep import SweepReport
 from ttt_megatron.meta.meta_loss import default_segment, meta_loss, read_sequence
 from ttt_megatron.meta.part import WHOLE, Part
+from ttt_megatron.meta.passes import DIRECT, Runner
 from ttt_megatron.meta.problem import InnerSettings, Problem, chunk_token_weights
 from ttt_megatron.model.float8 import Products, float8_layers, use_float8
 from ttt_megatron.model.init import initialize
@@ -64,6 +65,7 @@ class Learner(nn.Module):
         self.inner = inner
         self.compute_dtype = compute_dtype or dtype
         self.recompute_prefix = recompute_prefix
+        self.runner: Runner = DIRECT
         self.model = LanguageModel(model_config, slots, stage).to(dtype)
         initialize(self.model, model_config, seed)
         if float8 is not None:
@@ -148,6 +150,7 @@ class Learner(nn.Module):
         Without inner steps that is up to the output head. A stage but the first goes on from the
         `stream` of the one before, and a stage but the last returns its own.
         """
+        self.begin_pass()
         model, again = self.model, self.recompute_prefix
         with span("prefix forward"):
             x = model.embed(tokens, self.compute_dtype) if stream is None else stream
@@ -185,6 +188,7 @@ class Learner(nn.Module):
             token_weights=weights,
             rotation=self.model.rotations(part.start, length, entered),
             part=part,
+            runner=self.runner if torch.is_grad_enabled() else DIRECT,
         )
         if torch.is_grad_enabled():
             loss, run = meta_loss(problem, entered)

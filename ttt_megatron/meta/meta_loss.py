@@ -21,6 +21,7 @@ from ttt_megatron.meta.forward_sweep import (
     read_chunk,
     step_through_chunk,
 )
+from ttt_megatron.meta.passes import DIRECT
 from ttt_megatron.meta.problem import Problem
 from ttt_megatron.meta.reverse_sweep import (
     ChunkGraph,
@@ -198,6 +199,8 @@ def meta_loss(problem: Problem, prefix_output: Tensor) -> tuple[Tensor, MetaRun]
     slow ones' are formed with those put off.
     """
     run = MetaRun(problem, weight_gradients())
+    if run.put_off is not None and problem.runner is not DIRECT:
+        raise ValueError("gradients that are put off are queued by the host: run passes directly")
     slow = [slot.tensor for slot in problem.suffix.slots] if run.put_off is None else []
     fast = inner_step.flatten(problem.model.initial_fast_weights())
     loss: Tensor = _MetaLoss.apply(run, prefix_output, len(slow), *slow, *fast)
