@@ -5,6 +5,7 @@ times) and a first-order implementation with a closed-form backward (`op.py`). A
 tensor with a leading axis of 2: index 0 the primal value, index 1 its tangent.
 """
 
+from ttt_kernels.backend import Backend, backend
 from ttt_kernels.clipped_sgd.op import (
     add_scaled_,
     clip_factor,
@@ -24,11 +25,13 @@ from ttt_kernels.swa_attention.op import swa_attention, swa_attention_pair
 from ttt_kernels.swiglu.op import swiglu, swiglu_pair
 
 __all__ = [
+    "Backend",
     "CurrentScaling",
     "DelayedScaling",
     "Float8Weight",
     "WeightGradients",
     "add_scaled_",
+    "backend",
     "clip_factor",
     "fast_linear",
     "fast_linear_pair",

@@ -19,16 +19,20 @@ class Backend(NamedTuple):
         return f"{self.name} ({self.reason})"
 
 
-def backend(device: torch.device | str | None = None) -> Backend:
-    """The implementation that runs on `device` in float32, bfloat16 and float16.
+def backend(
+    device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
+) -> Backend:
+    """The implementation that runs on tensors on `device` of a dtype.
 
-    Without a device, on CUDA if there is any, else on CPU. float64 runs in PyTorch everywhere.
+    Without a device, on CUDA if there is any, else on CPU. All dtypes but float64 run alike.
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     kind = torch.device(device).type
     if uses_plain_definitions():
         return Backend("reference", "within plain_definitions()")
+    if dtype == torch.float64:
+        return Backend("torch", "float64 has no Triton kernels")
     if find_spec("triton") is None:
         return Backend("torch", "Triton is not installed")
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):

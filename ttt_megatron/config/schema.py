@@ -9,6 +9,7 @@ from typing import Any, Literal
 InnerMode = Literal["meta", "first_order", "naive", "off"]
 MemoryPolicy = Literal["recompute", "save_activations", "save_all"]
 ContextOrder = Literal["1f1b", "zigzag"]
+FusedAdam = Literal["auto", "torch", "apex", "transformer_engine"]
 Precision = Literal["fp32", "bf16", "fp64"]
 
 
@@ -107,6 +108,12 @@ class OptimizerConfig:
     weight_decay: float = setting(0.1, "Decoupled weight decay, times the learning rate.")
     decay: Literal["all", "matrices"] = setting("all", "Parameters that decay.")
     clip_grad: float = setting(1.0, "Global norm the outer gradient is clipped to; 0 is off.")
+    fused: FusedAdam = setting(
+        "auto",
+        "Whose AdamW updates: NVIDIA Apex's or TransformerEngine's, where a build has it, or "
+        "torch's; auto takes the first to be had of TransformerEngine, Apex, torch. A run says "
+        "which.",
+    )
     engine: Literal["megatron", "deepspeed"] = setting(
         "megatron",
         "What reduces gradients and shares out the optimizer's state: megatron-core, in every "
@@ -192,6 +199,11 @@ class TrainingConfig:
     eval_interval: int = setting(0, "Steps between evaluations; 0 evaluates at the end only.")
     eval_sequences: int = setting(
         16, "Validation sequences an evaluation during training reads; 0 is none."
+    )
+    cuda_graphs: bool = setting(
+        False,
+        "Replay the passes over a chunk as CUDA graphs, one a shape: no launches to wait for, at "
+        "the memory of one more set of fast weights, gradients and cached keys.",
     )
     trace: bool = setting(
         False, "Write a Chrome/Perfetto trace of every process into trace/ of the output folder."

@@ -76,6 +76,8 @@ def _problems(config: RunConfig) -> Iterator[str]:
     yield from _inner(config.inner, config.model, config.data.sequence_length)
     yield from _optimizer(config.optimizer)
     yield from _engine(config)
+    yield from _fused(config)
+    yield from _graphs(config)
     yield from _batch(config.training, config.parallel.data)
     yield from _tensor(config.parallel, config.model, config.inner.chunk_size)
     yield from _context(config)
@@ -226,6 +228,55 @@ def _engine(config: RunConfig) -> Iterator[str]:
         yield (
             "optimizer.engine = deepspeed updates parameters in float32, and training.precision = "
             "fp64 asks for float64; set training.precision = fp32, or optimizer.engine = megatron"
+        )
+
+
+def _fused(config: RunConfig) -> Iterator[str]:
+    """Where Apex's and TransformerEngine's AdamW cannot be asked for."""
+    fused, training = config.optimizer.fused, config.training
+    if fused in ("auto", "torch"):
+        return
+    if config.optimizer.engine == "deepspeed":
+        yield (
+            f"optimizer.fused = {fused} needs optimizer.engine = megatron, as DeepSpeed is given "
+            "torch's AdamW; set that, or optimizer.fused = auto"
+        )
+    if training.precision == "fp64":
+        yield (
+            f"optimizer.fused = {fused} knows no float64, and training.precision = fp64; set "
+            "optimizer.fused = auto"
+        )
+    if training.device == "cpu":
+        yield (
+            f"optimizer.fused = {fused} runs on CUDA alone, and training.device = cpu; set "
+            "optimizer.fused = auto"
+        )
+
+
+def _graphs(config: RunConfig) -> Iterator[str]:
+    """What passes over chunks cannot be captured as CUDA graphs."""
+    if not config.training.cuda_graphs:
+        return
+    asked = "training.cuda_graphs = true captures the passes of inner steps on CUDA"
+    parallel, off = config.parallel, "leave cuda_graphs out"
+    if config.training.device == "cpu":
+        yield f"{asked}, and training.device = cpu; set device=cuda, or {off}"
+    if config.inner.mode not in ("meta", "first_order"):
+        yield f"{asked}, and inner.mode = {config.inner.mode} trains without them; {off}"
+    if parallel.tensor > 1:
+        yield (
+            f"{asked}, and with parallel.tensor = {parallel.tensor} they communicate, which is "
+            f"not captured; set parallel.tensor=1, or {off}"
+        )
+    if parallel.context_order == "zigzag":
+        yield (
+            f"{asked}, and parallel.context_order = zigzag has the host queue weights' gradients "
+            f"within them; set context_order=1f1b, or {off}"
+        )
+    if config.training.precision == "fp8":
+        yield (
+            f"{asked}, and with training.precision = fp8 they reuse weights made float8 outside, "
+            f"which a graph would not read anew; set precision=bf16, or {off}"
         )
 
 

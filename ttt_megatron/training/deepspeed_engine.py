@@ -54,6 +54,11 @@ class DeepSpeedEngine:
         self._updates = 0
 
     @property
+    def adam(self) -> str:
+        """As `Engine` says."""
+        return "torch (DeepSpeed is given torch's)"
+
+    @property
     def learners(self) -> list[Learner]:
         """The model."""
         return [self._learner]

@@ -27,8 +27,12 @@ class Update:
 class Engine(Protocol):
     """This rank's share of the model, its gradients and its optimizer state.
 
-    Every method but `learners` is collective.
+    Every method is collective.
     """
+
+    @property
+    def adam(self) -> str:
+        """Whose AdamW makes the update, and why."""
 
     @property
     def learners(self) -> list[Learner]:

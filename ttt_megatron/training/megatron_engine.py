@@ -26,6 +26,11 @@ class MegatronEngine:
         self._optimizer = build_optimizer(self._chunks, config.optimizer, config.training.steps)
 
     @property
+    def adam(self) -> str:
+        """As `Engine` says."""
+        return str(self._optimizer.adam)
+
+    @property
     def learners(self) -> list[Learner]:
         """This rank's parts of the model, in their order."""
         return [learner_of(chunk) for chunk in self._chunks]

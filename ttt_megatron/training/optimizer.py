@@ -24,6 +24,7 @@ from ttt_megatron.parallel.groups import Groups
 from ttt_megatron.parallel.replica import is_second_copy, learner_of, parameter_dtype
 from ttt_megatron.parallel.standins import megatron_scope
 from ttt_megatron.training.engine import Update
+from ttt_megatron.training.fused import choose_adam, mcore_adam
 from ttt_megatron.training.optimizer_state import (
     AdamState,
     Moments,
@@ -36,7 +37,11 @@ from ttt_megatron.training.schedule import learning_rate
 
 
 class OuterOptimizer:
-    """AdamW over the shards this rank owns, with the global-norm clip and the schedule."""
+    """AdamW over the shards this rank owns, with the global-norm clip and the schedule.
+
+    `adam` says whose AdamW it is, and why. Raises UserError if the one that is asked for by name is
+    not to be had.
+    """
 
     def __init__(
         self,
@@ -47,12 +52,14 @@ class OuterOptimizer:
         self._chunks = list(model_chunks)
         self._config = config
         self._total_steps = total_steps
-        self._float64 = parameter_dtype(self._chunks[0]) == torch.float64
+        dtype = parameter_dtype(self._chunks[0])
+        self._float64 = dtype == torch.float64
+        self.adam = choose_adam(config, self._device, dtype)
         # mcore tells its whole configuration once per optimizer, as a warning-coloured log line.
         logging.getLogger("megatron.core").setLevel(logging.WARNING)
-        with self._scope():
+        with self._scope(), mcore_adam(self.adam):
             self._mcore = get_megatron_optimizer(
-                _mcore_config(config, torch.float64 if self._float64 else torch.float32),
+                _mcore_config(config, dtype),
                 self._chunks,
                 config_overrides=_decay_overrides(config),
             )
@@ -91,10 +98,13 @@ class OuterOptimizer:
         self._updates += 1
         return Update(grad_norm=norm, learning_rate=rate, applied=True)
 
+    @property
+    def _device(self) -> torch.device:
+        return self._chunks[0].buffers[0].grad_data.device
+
     def _global_norm(self) -> float:
         """L2 norm over all ranks' shards, each parameter once, summed in float64."""
-        device = self._chunks[0].buffers[0].grad_data.device
-        squares = torch.zeros((), dtype=torch.float64, device=device)
+        squares = torch.zeros((), dtype=torch.float64, device=self._device)
         for gradient in self._mcore.get_main_grads_for_grad_norm():
             squares += torch.linalg.vector_norm(gradient, dtype=torch.float64) ** 2
         dist.all_reduce(squares)

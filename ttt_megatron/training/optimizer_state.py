@@ -100,7 +100,11 @@ class AdamState(AdamShards):
                     group["step"] = updates  # the fused optimizers count by group
                     continue
                 for shard in group["params"]:
-                    inner.state[shard]["step"] = torch.tensor(float(updates), dtype=torch.float32)
+                    # torch's fused kernels read it on the device.
+                    where = shard.device if group["fused"] else "cpu"
+                    inner.state[shard]["step"] = torch.full(
+                        (), updates, dtype=torch.float32, device=where
+                    )
 
     def _owned(self, parameter: nn.Parameter) -> Iterator[tuple[slice, dict[str, torch.Tensor]]]:
         for optimizer in self._optimizers:

@@ -5,6 +5,8 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
+import torch
+
 from ttt_megatron.config.schema import RunConfig
 from ttt_megatron.data.dataset import open_dataset
 from ttt_megatron.data.stream import TokenStream
@@ -16,13 +18,16 @@ from ttt_megatron.training.checkpoint_folder import (
     read_config,
     resolve_checkpoint,
 )
+from ttt_megatron.training.fused import choose_adam
+from ttt_megatron.training.precision import parameter_dtype_of
 from ttt_megatron.training.resume import refuse_changes
 
 
 def resolve_run(config: RunConfig) -> RunConfig:
     """The run with its vocabulary size taken from the data where the recipe leaves it open.
 
-    Raises UserError for an engine that is not installed, for data that cannot be read, has no row
+    Raises UserError for an engine or a fused AdamW that is not installed, for CUDA graphs without
+    CUDA, for data that cannot be read, has no row
     of the sequence length or no validation documents that are asked for, or needs a larger
     vocabulary than the model has, and for a vocabulary that does not divide among the
     tensor-parallel processes.
@@ -32,6 +37,7 @@ def resolve_run(config: RunConfig) -> RunConfig:
             "optimizer.engine=deepspeed, but DeepSpeed is not installed: pip install "
             "'ttt-megatron[deepspeed]', or set optimizer.engine=megatron"
         )
+    _refuse_what_needs_cuda(config)
     if not config.data.path:
         raise UserError("data.path is empty: give the folder that `ttt-megatron prepare` wrote")
     data = config.data
@@ -54,6 +60,19 @@ def resolve_run(config: RunConfig) -> RunConfig:
             f"no token uses"
         )
     return replace(config, model=replace(config.model, vocab_size=vocabulary))
+
+
+def _refuse_what_needs_cuda(config: RunConfig) -> None:
+    """Raises UserError for CUDA graphs, or an AdamW asked for by name, that cannot be had here."""
+    on_cuda = config.training.device != "cpu" and torch.cuda.is_available()
+    if config.training.cuda_graphs and not on_cuda:
+        raise UserError(
+            "training.cuda_graphs = true, and torch finds no CUDA device here: leave cuda_graphs "
+            "out, or run where there is one"
+        )
+    if config.optimizer.fused not in ("auto", "torch"):
+        dtype = parameter_dtype_of(config.training.precision)
+        choose_adam(config.optimizer, torch.device("cuda" if on_cuda else "cpu"), dtype)
 
 
 def check_start(config: RunConfig, *, fresh: bool) -> None:

@@ -17,6 +17,7 @@ _FREE_KEYS = frozenset(
         "inner.two_level",
         "inner.segment_chunks",
         "optimizer.engine",
+        "optimizer.fused",
         "optimizer.zero_stage",
         "training.micro_batch_size",
         "training.device",
@@ -29,6 +30,7 @@ _FREE_KEYS = frozenset(
         "training.async_save",
         "training.log_interval",
         "training.eval_interval",
+        "training.cuda_graphs",
         "training.trace",
         "training.eval_sequences",
     }

@@ -17,6 +17,7 @@ from ttt_megatron.config.schema import RunConfig
 from ttt_megatron.data.dataset import open_dataset
 from ttt_megatron.data.stream import TokenStream
 from ttt_megatron.errors import UserError
+from ttt_megatron.meta.chunk_graph import ChunkPrograms
 from ttt_megatron.parallel.groups import Groups, process_groups
 from ttt_megatron.parallel.meeting import Meeting
 from ttt_megatron.parallel.pipeline import own_stages
@@ -103,6 +104,9 @@ def build_trainer(config: RunConfig, groups: Groups, fresh: bool = False) -> Tra
     _seed(training.seed)
     slots = layer_slots(config.model, config.parallel)
     learners = [build_learner(config, slots, stage) for stage in own_stages(config, groups)]
+    if training.cuda_graphs:
+        for learner in learners:
+            learner.runner = ChunkPrograms()
     if checkpoint is None and training.init_from is not None:
         start_from(learners, training.init_from, groups)
     data = config.data

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import ttt_kernels
 from ttt_megatron.config.schema import RunConfig
 from ttt_megatron.data.prefetch import Prefetcher
 from ttt_megatron.data.stream import Batch, TokenStream
@@ -18,6 +19,7 @@ from ttt_megatron.training.checkpoint import RunParts
 from ttt_megatron.training.checkpoint_folder import CheckpointInfo
 from ttt_megatron.training.engine import Update
 from ttt_megatron.training.flops import model_flops_per_token
+from ttt_megatron.training.precision import parameter_dtype_of
 from ttt_megatron.training.records import StepRecord
 from ttt_megatron.training.saver import Saver
 from ttt_megatron.training.schedule import inner_learning_rate, learning_rate
@@ -70,6 +72,8 @@ class Trainer:
         """
         training, groups = self.config.training, self.parts.groups
         share = (groups.data_rank, groups.data_size)
+        if groups.is_main:
+            logger.info("%s", "; ".join(f"{k}: {v}" for k, v in self.implementations.items()))
         try:
             for callback in self.callbacks:
                 callback.on_start(self)
@@ -140,6 +144,13 @@ class Trainer:
             logger.warning(
                 "step %d skipped: loss %s, gradient norm %s", progress.step, loss, update.grad_norm
             )
+
+    @property
+    def implementations(self) -> dict[str, str]:
+        """Whose kernels and whose AdamW this run computes with, and why."""
+        dtype = parameter_dtype_of(self.config.training.precision)
+        kernels = ttt_kernels.backend(self.parts.groups.device, dtype)
+        return {"kernels": str(kernels), "AdamW": self.parts.engine.adam}
 
     @property
     def finished(self) -> bool:

@@ -81,6 +81,8 @@ class MlflowTracking(Callback):
         self._previous = previous.get("run_id") if previous.get("uri") == self._uri else None
         trainer.tracking_run = self._previous
         self._thread.start()
+        for name, text in trainer.implementations.items():
+            self._put(lambda client, run, name=name, text=text: client.set_tag(run, name, text))
 
     def on_step(self, trainer: Trainer, record: StepRecord) -> None:
         """Queues the step's figures."""
