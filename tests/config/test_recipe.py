@@ -96,6 +96,8 @@ def test_every_text_and_switch_survives_a_saved_recipe(write, name):
         "parallel.overlap_param_gather": {"overlap_grad_reduce": True},
     }
     data: dict = {"parallel": needed.get(name, {})}
+    if name.startswith("fp8."):
+        data["training"] = {"precision": "fp8"}
     if "." in name:
         section, field = name.split(".")
         data.setdefault(section, {})[field] = other_value(name)

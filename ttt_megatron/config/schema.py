@@ -10,7 +10,10 @@ InnerMode = Literal["meta", "first_order", "naive", "off"]
 MemoryPolicy = Literal["recompute", "save_activations", "save_all"]
 ContextOrder = Literal["1f1b", "zigzag"]
 FusedAdam = Literal["auto", "torch", "apex", "transformer_engine"]
-Precision = Literal["fp32", "bf16", "fp64"]
+Precision = Literal["fp32", "bf16", "fp64", "fp8"]
+Float8Backend = Literal["torch", "transformer_engine", "auto"]
+Float8Recipe = Literal["current", "delayed"]
+Float8Scaling = Literal["tensor", "row"]
 
 
 def setting(default: Any, text: str) -> Any:
@@ -180,7 +183,9 @@ class TrainingConfig:
     global_batch_size: int = setting(8, "Sequences a step, over all processes.")
     micro_batch_size: int = setting(8, "Sequences a process holds at once.")
     precision: Precision = setting(
-        "fp32", "Compute dtype; parameters and fast weights are float32 (fp64: everything float64)."
+        "fp32",
+        "Compute dtype; parameters and fast weights are float32 (fp64: everything float64). fp8: "
+        "static linear maps in float8, the rest in fp8.compute.",
     )
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "Where to compute.")
     seed: int = setting(1, "Seed of the initialisation.")
@@ -211,6 +216,27 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Float8Config:
+    """Static linear maps in float8, with training.precision = fp8."""
+
+    backend: Float8Backend = setting(
+        "torch",
+        "What multiplies: torch's own scaled products, TransformerEngine's layers, or (auto) the "
+        "latter where they can be had.",
+    )
+    recipe: Float8Recipe = setting(
+        "current",
+        "Where scales come from. current: the tensor at hand; delayed: the largest values of past "
+        "steps, which saves a pass over it.",
+    )
+    scaling: Float8Scaling = setting(
+        "tensor", "One scale a tensor, or one a row (token or output feature)."
+    )
+    history: int = setting(16, "Steps whose largest values make a delayed scale.")
+    compute: Literal["bf16", "fp32"] = setting("bf16", "Compute dtype of everything else.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrackingConfig:
     """Where a run is followed."""
 
@@ -233,4 +259,5 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    fp8: Float8Config = field(default_factory=Float8Config)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)

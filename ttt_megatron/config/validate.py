@@ -1,8 +1,10 @@
 """What no run can have: each impossible value is refused in one sentence before anything starts."""
 
 from collections.abc import Iterator
+from dataclasses import fields
 
 from ttt_megatron.config.schema import (
+    Float8Config,
     InnerConfig,
     ModelConfig,
     OptimizerConfig,
@@ -33,6 +35,7 @@ _POSITIVE = (
     "optimizer.lr",
     "optimizer.eps",
     "optimizer.zero_stage",
+    "fp8.history",
     "parallel.data",
     "parallel.tensor",
     "parallel.context",
@@ -82,6 +85,7 @@ def _problems(config: RunConfig) -> Iterator[str]:
     yield from _tensor(config.parallel, config.model, config.inner.chunk_size)
     yield from _context(config)
     yield from _pipeline(config)
+    yield from _float8(config)
     if config.parallel.overlap_param_gather and not config.parallel.overlap_grad_reduce:
         yield (
             "parallel.overlap_param_gather = true needs parallel.overlap_grad_reduce = true; "
@@ -370,4 +374,62 @@ def _pipeline(config: RunConfig) -> Iterator[str]:
                 f"parallel.virtual_pipeline = {turns} takes micro-batches in groups of "
                 f"parallel.pipeline = {size}, and {count} make a step of a replica; change "
                 "training.global_batch_size or training.micro_batch_size"
+            )
+
+
+def _float8(config: RunConfig) -> Iterator[str]:
+    """Settings of float8 that have no effect or exclude each other, and widths that do not fit."""
+    fp8, model, default = config.fp8, config.model, Float8Config()
+    if config.training.precision != "fp8":
+        for field in fields(Float8Config):
+            if (value := getattr(fp8, field.name)) != getattr(default, field.name):
+                yield (
+                    f"fp8.{field.name} = {value} has no effect with training.precision = "
+                    f"{config.training.precision}; set training.precision = fp8, or leave it out"
+                )
+        return
+    if fp8.recipe == "delayed" and fp8.scaling == "row":
+        yield (
+            "fp8.scaling = row gives every token a scale, and a token has no history for "
+            "fp8.recipe = delayed; set fp8.recipe=current or fp8.scaling=tensor"
+        )
+    if fp8.recipe == "current" and fp8.history != default.history:
+        yield (
+            f"fp8.history = {fp8.history} has no effect with fp8.recipe = current; set "
+            "fp8.recipe=delayed, or leave history out"
+        )
+    if fp8.backend == "transformer_engine" and config.training.device == "cpu":
+        yield (
+            "fp8.backend = transformer_engine runs on CUDA alone, and training.device = cpu; set "
+            "fp8.backend=torch"
+        )
+    if fp8.backend == "transformer_engine" and fp8.scaling == "row":
+        yield (
+            "fp8.scaling = row is not to be had of fp8.backend = transformer_engine; set "
+            "fp8.scaling=tensor or fp8.backend=torch"
+        )
+    yield from _widths_of_float8(model, config.parallel.tensor)
+
+
+def _widths_of_float8(model: ModelConfig, parts: int) -> Iterator[str]:
+    """Products in float8 take lengths that are multiples of 16."""
+    shares = f" over parallel.tensor = {parts}" if parts > 1 else ""
+    head_dim = model.hidden_size // model.num_heads
+    kv_heads = "num_heads" if model.num_kv_heads is None else "num_kv_heads"
+    attention = f"model.num_heads and model.{kv_heads} heads of {head_dim}{shares}"
+    heads, kv = model.num_heads // parts, getattr(model, kv_heads) // parts
+    widths = (
+        (f"model.hidden_size = {model.hidden_size}", model.hidden_size),
+        (f"{attention}: the queries' width", heads * head_dim),
+        (f"{attention}: the width of queries, keys and values", (heads + 2 * kv) * head_dim),
+        (
+            f"model.ffn_hidden_size = {model.ffn_hidden_size}{shares}",
+            model.ffn_hidden_size // parts,
+        ),
+    )
+    for name, width in widths:
+        if width % 16:
+            yield (
+                f"{name} is {width} to a process, and training.precision = fp8 takes multiples of "
+                "16; choose another width, or bf16"
             )

@@ -55,6 +55,12 @@ def linear(x: Operand, weight: Tensor) -> Operand:
 
 
 @Operation
+def float8_linear(x: Operand, weight: Tensor, product: Callable[..., Tensor]) -> Operand:
+    """The same in float8, as the layer's `product` does it."""
+    return product(x, weight)
+
+
+@Operation
 def fast_linear(x: Operand, weight: Operand) -> Operand:
     """x @ weightᵀ, weights per sequence: [b, T, in], [b, out, in] (or [out, in]) → [b, T, out]."""
     return ttt_kernels.fast_linear(x, weight)

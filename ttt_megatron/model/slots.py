@@ -11,6 +11,13 @@ from ttt_megatron.model.head import WHOLE_HEAD, Head
 from ttt_megatron.model.ops import Operand
 
 
+def static_product(x: Operand, weight: Tensor, float8: nn.Module | None) -> Operand:
+    """x @ weightᵀ, in float8 where the layer has a product that does it."""
+    if float8 is None:
+        return ops.linear(x, weight)
+    return ops.float8_linear(x, weight, float8)
+
+
 class Linear(nn.Module):
     """A static linear map without bias; weight [out, in].
 
@@ -20,10 +27,11 @@ class Linear(nn.Module):
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.float8: nn.Module | None = None
 
     def forward(self, x: Operand) -> Operand:
         """[..., in] → [..., out], in x's dtype."""
-        return self.leave(ops.linear(self.enter(x), self.weight))
+        return self.leave(static_product(self.enter(x), self.weight, self.float8))
 
     def enter(self, x: Operand) -> Operand:
         """The input as the product needs it."""

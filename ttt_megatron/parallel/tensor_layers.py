@@ -16,14 +16,14 @@ from megatron.core.tensor_parallel import (
     set_tensor_model_parallel_attributes,
 )
 from megatron.core.transformer import TransformerConfig
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from ttt_kernels.linear_cross_entropy.shard import VocabularyShard
 from ttt_megatron.model import ops
 from ttt_megatron.model.head import Head
 from ttt_megatron.model.ops import Operand
-from ttt_megatron.model.slots import RMSNorm, Slots
+from ttt_megatron.model.slots import RMSNorm, Slots, static_product
 from ttt_megatron.parallel import regions
 from ttt_megatron.parallel.shards import take_part, whole_shape
 
@@ -51,10 +51,11 @@ class ColumnLinear(ColumnParallelLinear):
         )
         _mark_cut(self.weight, 0)
         self._sequence_parallel = config.sequence_parallel
+        self.float8: nn.Module | None = None
 
     def forward(self, x: Operand) -> Operand:
         """[b, T, in] (own tokens with sequence parallelism) → [b, T, out/R]."""
-        return ops.linear(self.enter(x), self.weight)
+        return static_product(self.enter(x), self.weight, self.float8)
 
     def enter(self, x: Operand) -> Operand:
         """All tokens, whose gradient is summed over the parts."""
@@ -80,10 +81,11 @@ class RowLinear(RowParallelLinear):
         )
         _mark_cut(self.weight, 1)
         self._sequence_parallel = config.sequence_parallel
+        self.float8: nn.Module | None = None
 
     def forward(self, x: Operand) -> Operand:
         """[b, T, in/R] → [b, T, out] (own tokens with sequence parallelism)."""
-        return self.leave(ops.linear(x, self.weight))
+        return self.leave(static_product(x, self.weight, self.float8))
 
     def enter(self, x: Operand) -> Operand:
         """The part's own inputs."""

@@ -80,6 +80,7 @@ class Session:
         self._learner = learner
         self._bos_id = bos_id
         self._settings = learner.settings(learner.inner.lr, learner.inner.chunk_size)
+        learner.begin_pass()
         self.reset()
 
     def reset(self) -> None:

@@ -30,6 +30,7 @@ from ttt_megatron.training.callbacks.tracking import TRACKING_FILE, tracking_uri
 from ttt_megatron.training.checkpoint import RunParts, load_checkpoint
 from ttt_megatron.training.checkpoint_folder import CHECKPOINTS, read_config, sweep
 from ttt_megatron.training.engines import build_engine
+from ttt_megatron.training.float8 import float8_scales
 from ttt_megatron.training.initial_weights import start_from
 from ttt_megatron.training.preflight import find_resumable
 from ttt_megatron.training.result import TrainingResult
@@ -115,6 +116,7 @@ def build_trainer(config: RunConfig, groups: Groups, fresh: bool = False) -> Tra
         config=config,
         parts=RunParts(engine=build_engine(learners, config, groups), groups=groups),
         stream=stream,
+        float8=float8_scales(learners, config),
         callbacks=build_callbacks(config, groups),
     )
     if checkpoint is not None:

@@ -18,6 +18,7 @@ from ttt_megatron.training.callbacks.base import Callback
 from ttt_megatron.training.checkpoint import RunParts
 from ttt_megatron.training.checkpoint_folder import CheckpointInfo
 from ttt_megatron.training.engine import Update
+from ttt_megatron.training.float8 import Float8Scales
 from ttt_megatron.training.flops import model_flops_per_token
 from ttt_megatron.training.precision import parameter_dtype_of
 from ttt_megatron.training.records import StepRecord
@@ -51,6 +52,7 @@ class Trainer:
     config: RunConfig
     parts: RunParts
     stream: TokenStream
+    float8: Float8Scales | None = None
     callbacks: Sequence[Callback] = ()
     progress: Progress = field(default_factory=Progress)
     tracking_run: str | None = None
@@ -110,7 +112,11 @@ class Trainer:
         micro_batches = batch.to(self.parts.groups.device).split(config.training.micro_batch_size)
         engine = self.parts.engine
         engine.zero_grad()
+        if self.float8 is not None:
+            self.float8.begin_step()
         measured = engine.forward_backward(micro_batches, inner_lr)
+        if self.float8 is not None:
+            self.float8.end_passes()
         measurements, (self.stopped, writing) = reduce_measurements(
             measured, [self.stop_signal is not None, self._saver.writing], self.parts.groups
         )
@@ -181,6 +187,8 @@ class Trainer:
             tracking_run=self.tracking_run,
         )
         state = {"progress": asdict(progress), "stream": self.stream.state_dict()}
+        if self.float8 is not None:
+            state["float8"] = self.float8.state_dict()
         self._saver.start(info, state)
         self.seconds_stopped = time.perf_counter() - start
         if not self.config.training.async_save or self.finished or self.stopped:
@@ -198,6 +206,8 @@ class Trainer:
         """Takes up where `save` left; `state` is what `load_checkpoint` returned."""
         self.progress = Progress(**state["progress"])
         self.stream.load_state_dict(state["stream"])
+        if self.float8 is not None:
+            self.float8.load_state_dict(state["float8"])
         self.checkpoint = checkpoint
 
     def _diverged(self) -> str:

@@ -22,6 +22,7 @@ from ttt_megatron.training.checkpoint_folder import (
     read_info,
     resolve_checkpoint,
 )
+from ttt_megatron.training.float8 import float8_products
 from ttt_megatron.training.precision import compute_dtype, parameter_dtype_of
 
 _PREFIX = f"{MODEL_KEY}."
@@ -65,11 +66,12 @@ def build_learner(
         config.model,
         config.inner,
         dtype=parameter_dtype_of(config.training.precision),
-        compute_dtype=compute_dtype(config.training.precision),
+        compute_dtype=compute_dtype(config),
         recompute_prefix=config.training.recompute_prefix,
         seed=config.training.seed,
         slots=slots,
         stage=stage,
+        float8=float8_products(config),
     )
 
 

@@ -33,6 +33,11 @@ DTYPES: dict[Role, torch.dtype] = {
 }
 ROLES: tuple[Role, ...] = tuple(DTYPES)
 
+_HEADROOM = 1
+"""Powers of two that delayed scales leave free: a step's largest value may grow by as much before
+it saturates. Of the range of either format they are a small part.
+"""
+
 
 class CurrentScaling(nn.Module):
     """Scales from the tensor at hand: one for all of it, or one a row."""
@@ -103,4 +108,5 @@ class DelayedScaling(CurrentScaling):
         self.pending.zero_()
         amax = self.history.float().amax(dim=1)
         for place, role in enumerate(ROLES):
-            self.exponents[place] = fitting_exponent(amax[place], DTYPES[role])
+            fitting = fitting_exponent(amax[place], DTYPES[role])
+            self.exponents[place].copy_((fitting - _HEADROOM).clamp(min=-126))
