@@ -16,7 +16,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from live_bytes import LiveBytes, tensor_bytes
+from ttt_megatron.bench.live_bytes import LiveBytes, tensor_bytes
 from meta_shape import add_shape, shape_of
 
 from ttt_megatron.config.schema import InnerConfig

@@ -6,7 +6,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
-from live_bytes import LiveBytes
+from ttt_megatron.bench.live_bytes import LiveBytes
 from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBuffer
 
 from ttt_kernels.swa_attention import core

@@ -19,6 +19,7 @@ COMMANDS = {
     "compare": ("ttt_megatron.cli.compare", "Put evaluations side by side."),
     "generate": ("ttt_megatron.cli.generate", "Read a prompt and continue it."),
     "config": ("ttt_megatron.cli.config", "Print a recipe, resolved, or the reference of keys."),
+    "bench": ("ttt_megatron.cli.bench", "Measure speed and memory, kernels to whole steps."),
     "plan": ("ttt_megatron.cli.plan", "Estimate memory, time and transfers of a run."),
     "parameters": ("ttt_megatron.cli.parameters", "Count a model's parameters."),
 }

@@ -1,0 +1,233 @@
+"""Results as tables, for a terminal and for Markdown."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table as RichTable
+
+from ttt_megatron.bench import latency_cases, meta_cases
+from ttt_megatron.bench.case import OURS
+from ttt_megatron.bench.results import MEASURED, Report, Result
+
+_NONE = "-"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """A heading, names of columns, rows of text; `left` columns are words, the rest numbers."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
+    left: int
+    note: str = ""
+
+    def markdown(self) -> str:
+        """With a bold heading."""
+        rule = ["---"] * self.left + ["---:"] * (len(self.columns) - self.left)
+        lines = [_pipe(row) for row in (self.columns, tuple(rule), *self.rows)]
+        parts = [f"**{self.title}**", "\n".join(lines)]
+        return "\n\n".join([*parts, self.note] if self.note else parts)
+
+    def rich(self) -> RichTable:
+        """For a terminal."""
+        table = RichTable(
+            box=SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
+            title=self.title,
+            title_justify="left",
+            caption=self.note or None,
+            caption_justify="left",
+        )
+        for number, name in enumerate(self.columns):
+            justify = "left" if number < self.left else "right"
+            table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+        for row in self.rows:
+            table.add_row(*row)
+        return table
+
+
+def _pipe(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def tables_of(report: Report) -> list[Table]:
+    """A table an operation and shape of the kernels, and one for every other section."""
+    makers: dict[str, Callable[[list[Result]], list[Table]]] = {
+        "kernels": _kernels,
+        "inner": lambda rows: [_steps(rows, "Inner step", "time / reading")],
+        "meta": lambda rows: [_steps(rows, "Meta step, forwards and backwards", "time / plain")],
+        "latency": lambda rows: [_latency(rows)],
+    }
+    found: list[Table] = []
+    for section in report.sections:
+        found += makers[section]([one for one in report.results if one.section == section])
+    return found
+
+
+def duration(seconds: float | None) -> str:
+    """Three digits and a unit."""
+    if seconds is None:
+        return _NONE
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= size:
+            return f"{_digits(seconds / size)} {unit}"
+    return f"{_digits(seconds / 1e-6)} µs"
+
+
+def _digits(value: float) -> str:
+    return f"{value:,.0f}" if value >= 99.95 else f"{value:.3g}"
+
+
+def _percent(value: float | None) -> str:
+    return _NONE if value is None else f"{value:.0%}" if value >= 0.0995 else f"{value:.1%}"
+
+
+def _spread(one: Result) -> str:
+    return _NONE if one.spread is None else f"±{_percent(one.spread)}"
+
+
+def _bytes(size: int | None) -> str:
+    if size is None:
+        return _NONE
+    return f"{_digits(size / 2**30)} GiB" if size >= 2**30 else f"{_digits(size / 2**20)} MiB"
+
+
+def _rate(one: Result) -> str:
+    """FLOP/s where products bound it, bytes/s where memory does."""
+    if one.median is None or one.flops is None or one.bytes is None:
+        return _NONE
+    amount, unit = (one.flops, "FLOP/s") if one.flops else (one.bytes, "B/s")
+    rate = amount / one.median
+    for letter, size in (("T", 1e12), ("G", 1e9), ("M", 1e6)):
+        if rate >= size:
+            return f"{_digits(rate / size)} {letter}{unit}"
+    return f"{_digits(rate)} {unit}"
+
+
+def _ratio(one: Result) -> str:
+    return _NONE if one.ratio is None else f"{one.ratio:.2f}"
+
+
+def _median(one: Result) -> str:
+    return duration(one.median) if one.status == MEASURED else one.status
+
+
+def _notes(rows: list[Result]) -> str:
+    """Why something was not measured."""
+    reasons = dict.fromkeys(
+        f"{' '.join(filter(None, (one.name, one.way)))}: {one.reason}"
+        for one in rows
+        if one.status != MEASURED and one.reason
+    )
+    return "; ".join(reasons)
+
+
+def _kernels(rows: list[Result]) -> list[Table]:
+    places = dict.fromkeys((r.operation, r.shape, r.precision) for r in rows)
+    found = []
+    for place in places:
+        own = [r for r in rows if (r.operation, r.shape, r.precision) == place]
+        order = list(dict.fromkeys(r.name for r in own))
+        own.sort(key=lambda r: (order.index(r.name), r.way != OURS))
+        cells = [
+            (r.name, r.way, _median(r), _spread(r), _rate(r), _percent(r.share_of_floor), _ratio(r))
+            for r in own
+        ]
+        columns = ("pass", "by", "median", "spread", "rate", "of floor", "time / ours")
+        title = ", ".join(place)
+        found.append(Table(title=title, columns=columns, rows=cells, left=2, note=_notes(own)))
+    return found
+
+
+def _steps(rows: list[Result], title: str, relation: str) -> Table:
+    with_mfu = any(r.mfu is not None for r in rows)
+    columns = ["size", "precision", "what", "median", "spread", relation, "tokens/s"]
+    columns += ["MFU"] if with_mfu else []
+    columns += ["of floor", "peak memory"]
+    cells = []
+    for r in rows:
+        speed = _NONE if r.median is None or not r.tokens else _digits(r.tokens / r.median)
+        what = f"{r.name} ({r.settings})" if r.settings else r.name
+        row = [r.shape, r.precision, what, _median(r), _spread(r), _ratio(r), speed]
+        row += [_percent(r.mfu)] if with_mfu else []
+        cells.append((*row, _percent(r.share_of_floor), _bytes(r.peak_bytes)))
+    return Table(title=title, columns=tuple(columns), rows=cells, left=3, note=_notes(rows))
+
+
+def _latency(rows: list[Result]) -> Table:
+    columns = (
+        "context", "precision", "model", "prefill", "tokens/s", "decode a token", "spread",
+        "with a step", "mean a token", "peak memory",
+    )  # fmt: skip
+    cells = []
+    for shape, precision, way in dict.fromkeys((r.shape, r.precision, r.way) for r in rows):
+        own = {r.name: r for r in rows if (r.shape, r.precision, r.way) == (shape, precision, way)}
+        if "all" in own:
+            cells.append((shape, precision, "all", own["all"].status, *[_NONE] * 6))
+            continue
+        prefill, decode = own[latency_cases.PREFILL], own[latency_cases.DECODE]
+        step = own.get(latency_cases.STEP)
+        read = prefill.median
+        speed = _digits((prefill.tokens or 0) / read) if read else _NONE
+        peaks = [r.peak_bytes for r in own.values() if r.peak_bytes is not None]
+        cells.append(
+            (
+                shape,
+                precision,
+                way,
+                _median(prefill),
+                speed,
+                _median(decode),
+                _spread(decode),
+                _NONE if step is None else _median(step),
+                duration(mean_token(decode, step)),
+                _bytes(max(peaks, default=None)),
+            )
+        )
+    return Table(
+        title="Latency of a streaming session",
+        columns=columns,
+        rows=cells,
+        left=3,
+        note=_notes(rows),
+    )
+
+
+def mean_token(decode: Result, step: Result | None) -> float | None:
+    """Seconds a decoded token takes on average, its share of a chunk's inner step included."""
+    if decode.median is None or step is None or step.median is None:
+        return decode.median
+    return decode.median + (step.median - decode.median) / decode.extra["chunk"]
+
+
+def heading(about: dict) -> str:
+    """Where, when and with what."""
+    ceilings = about["ceilings"]
+    rates = ", ".join(f"{p} {f / 1e12:.3g} TFLOP/s" for p, f in ceilings["flops"].items())
+    lines = [
+        f"{about['device']}; {about['date']}; torch {about['torch']}, "
+        + "".join(f"{name} {v}, " for name, v in about["packages"].items() if name == "triton")
+        + f"Python {about['python']}; commit {about['commit'] or 'unknown'}; `{about['command']}`",
+        f"Operations by {about['backend']}. Ceilings: {rates}, "
+        f"{ceilings['bytes_per_second'] / 1e9:,.0f} GB/s ({ceilings['source']}).",
+    ]
+    return "\n\n".join(lines)
+
+
+def as_markdown(report: Report) -> str:
+    """Heading, tables, legend."""
+    parts = [heading(report.about), *(table.markdown() for table in tables_of(report)), LEGEND]
+    return "\n\n".join(parts) + "\n"
+
+
+LEGEND = (
+    "Medians; the spread is half the distance of the quartiles. Of floor: the time that the least "
+    "FLOPs and bytes need at the ceilings, over the median. MFU counts a plain step's FLOPs of the "
+    "same model. "
+    f'Plain is the "{meta_cases.PLAIN}", its prime MLPs ordinary layers; SWA and full attention '
+    "have none, and MLPs wider by about as many parameters. Peak memory is that of tensors, with "
+    "weights and gradients and without an optimizer. A mean token has its share of the step that "
+    "follows every chunk."
+)
