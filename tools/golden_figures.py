@@ -11,12 +11,15 @@ from ttt_megatron.config.schema import OptimizerConfig, ParallelConfig
 from ttt_megatron.data.stream import Batch
 from ttt_megatron.meta.learner import Learner
 from ttt_megatron.meta.oracle import oracle
-from ttt_megatron.parallel.groups import process_groups
-from ttt_megatron.parallel.replica import replicate
-from ttt_megatron.training.optimizer import build_optimizer
-from ttt_megatron.training.passes import forward_backward
 
 Figures = dict[str, Tensor]
+
+
+def _batch(golden: Golden, learner: Learner) -> tuple[Tensor, Tensor, Tensor]:
+    """The file's batch on the learner's device."""
+    tokens, targets, mask = golden.batch()
+    device = learner.model.head_weight.device
+    return tokens.to(device), targets.to(device), mask.to(device)
 
 
 def _meta_gradients(learner: Learner) -> Figures:
@@ -26,7 +29,7 @@ def _meta_gradients(learner: Learner) -> Figures:
 
 def engine_figures(golden: Golden, learner: Learner) -> Figures:
     """Every quantity of a file, by the engine."""
-    batch = golden.batch()
+    batch = _batch(golden, learner)
     output = learner(*batch, golden.inner_lr)
     output.loss.backward()
     last = golden.arrays["chunk_loss"].shape[1] - 1
@@ -58,7 +61,7 @@ def oracle_figures(golden: Golden, learner: Learner) -> Figures:
     if not golden.is_meta:
         with ttt_kernels.plain_definitions():
             return engine_figures(golden, learner)
-    batch = golden.batch()
+    batch = _batch(golden, learner)
     result = oracle(learner.model, *batch, learner.settings(golden.inner_lr, batch[0].shape[1]))
     result.loss.backward()
     figures = {
@@ -77,6 +80,12 @@ def oracle_figures(golden: Golden, learner: Learner) -> Figures:
 
 def trainer_figures(golden: Golden, dtype: torch.dtype) -> tuple[Figures, Figures]:
     """(computed, expected) for the outer steps a file holds, by the trainer's own step."""
+    # megatron-core is needed here alone: the engine can be checked where it is not installed.
+    from ttt_megatron.parallel.groups import process_groups
+    from ttt_megatron.parallel.replica import replicate
+    from ttt_megatron.training.optimizer import build_optimizer
+    from ttt_megatron.training.passes import forward_backward
+
     learner = build_learner(golden, dtype)
     start = {name: value.clone() for name, value in learner.model.state_dict().items()}
     config = OptimizerConfig(lr=4e-4, end_lr=1e-5, warmup_fraction=0.1)
