@@ -17,7 +17,7 @@ from ttt_kernels import (
     putting_off,
     weight_gradients,
 )
-from ttt_kernels.linear_cross_entropy import op as head_op
+from ttt_kernels.linear_cross_entropy import torch_path as head_path
 
 
 def draw(*shape):
@@ -46,7 +46,7 @@ OPERATIONS = {
 @pytest.fixture(params=OPERATIONS)
 def operation(request, monkeypatch):
     # Two tiles of the head.
-    monkeypatch.setattr(head_op, "MAX_TILE_ELEMENTS", 110)
+    monkeypatch.setattr(head_path, "MAX_TILE_ELEMENTS", 110)
     return OPERATIONS[request.param]
 
 

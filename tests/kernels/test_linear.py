@@ -1,10 +1,8 @@
 """Linear maps and the output head on pairs, with and without what the forward sweep kept."""
 
-import threading
-from concurrent.futures import ThreadPoolExecutor
-
 import pytest
 import torch
+from lock_step import in_lock_step
 from torch.func import jvp
 
 from ttt_kernels import (
@@ -15,7 +13,7 @@ from ttt_kernels import (
     linear_cross_entropy_pair,
     linear_pair,
 )
-from ttt_kernels.linear_cross_entropy import op as head_op
+from ttt_kernels.linear_cross_entropy import torch_path as head_path
 from ttt_kernels.linear_cross_entropy.reference import linear_cross_entropy_reference
 from ttt_kernels.linear_cross_entropy.shard import VocabularyShard
 
@@ -63,7 +61,7 @@ def test_fast_linear_of_an_input_without_tangent():
 
 @pytest.fixture(params=[1 << 21, 30])
 def tile_elements(request, monkeypatch):
-    monkeypatch.setattr(head_op, "MAX_TILE_ELEMENTS", request.param)
+    monkeypatch.setattr(head_path, "MAX_TILE_ELEMENTS", request.param)
 
 
 @pytest.mark.usefixtures("tile_elements")
@@ -97,37 +95,38 @@ def test_head_pair(reuse):
 
 
 @pytest.mark.usefixtures("tile_elements")
-def test_shards_of_the_vocabulary_add_up_to_the_whole():
-    """Two shards in lock step on threads, reductions between them as over processes."""
+@pytest.mark.parametrize("cut", [(0, 6, 11), (0, 4, 4, 9, 11)])
+def test_shards_of_the_vocabulary_add_up_to_the_whole(cut):
     hidden, weight = draw(2, 2, 7, 5), draw(11, 5)
     targets = torch.randint(11, (2, 7))
     a, b = torch.rand(2, 2, 7, dtype=torch.float64).unbind(0)
     expected = grads(linear_cross_entropy_pair(hidden, weight, targets, a, b), [hidden, weight])
     first = linear_cross_entropy(hidden[0], weight, targets, a)
     expected_first = [first[1], *grads(first[0], [hidden, weight])]
-    meeting = threading.Barrier(2)
-    given: list[torch.Tensor] = [torch.empty(0), torch.empty(0)]
 
-    def run(rank):
-        def reduce(x, combine):
-            given[rank] = x
-            meeting.wait()
-            result = combine(given[0], given[1])
-            meeting.wait()
-            return result
-
-        part = weight[:6] if rank == 0 else weight[6:]
+    def run(rank, reduce):
+        part = weight[cut[rank] : cut[rank + 1]]
         shard = VocabularyShard(
-            6 * rank, 6, lambda x: reduce(x, torch.maximum), lambda x: reduce(x, torch.add)
+            cut[rank], 6, lambda x: reduce(x, torch.maximum), lambda x: reduce(x, torch.add)
         )
         own = [hidden.detach().requires_grad_(), part.detach().requires_grad_()]
         pair = grads(linear_cross_entropy_pair(own[0], own[1], targets, a, b, shard=shard), own)
         loss, nll = linear_cross_entropy(own[0][0], own[1], targets, a, shard)
         return pair, [nll, *grads(loss, own)]
 
-    with ThreadPoolExecutor(2) as pool:
-        left, right = pool.map(run, range(2))
-    for one, other, whole in zip(left, right, (expected, expected_first), strict=True):
-        *values, d_hidden, d_weight = one
-        assert_close(values, whole[:-2])
-        assert_close([d_hidden + other[-2], torch.cat((d_weight, other[-1]))], whole[-2:])
+    shards = in_lock_step(len(cut) - 1, run)
+    for of_shards, whole in zip(zip(*shards, strict=True), (expected, expected_first), strict=True):
+        for *values, _, _ in of_shards:
+            assert_close(values, whole[:-2])
+        d_hidden, d_weight = zip(*(one[-2:] for one in of_shards), strict=True)
+        assert_close([sum(d_hidden), torch.cat(d_weight)], whole[-2:])
+
+
+def test_a_target_in_no_shard_leaves_no_finite_loss():
+    hidden, weight, a = draw(2, 5), draw(4, 5), torch.ones(2, dtype=torch.float64)
+    shard = VocabularyShard(0, 4)
+    loss, nll = linear_cross_entropy(hidden, weight, torch.tensor([3, 4]), a, shard)
+    assert nll.isnan().tolist() == [False, True]
+    assert loss.isnan()
+    with pytest.raises(ValueError, match="Target 4 is outside the vocabulary of 4"):
+        linear_cross_entropy(hidden, weight, torch.tensor([3, 4]), a)

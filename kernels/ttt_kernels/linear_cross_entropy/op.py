@@ -1,121 +1,64 @@
-"""Output head and cross-entropy, tile by tile over tokens; logits never outlive their tile.
+"""The output head and its cross-entropy, on tensors and on pairs; logits are never all stored.
 
-Gradients are formed together with the loss, scaled by its cotangent later; where the weight's is
-put off, the logits' cotangents of all tokens are kept for it instead. On a pair, with per-token
-weights A of the loss and B of its directional derivative, z = hMᵀ, ż = ḣMᵀ, p = softmax(z):
+On a pair, with per-token weights A of the loss and B of its directional derivative, z = hMᵀ,
+ż = ḣMᵀ, p = softmax(z):
 
     S = Σ A·nll + B·(⟨p, ż⟩ − ż_t)
     z̄ = A (p − 1_t) + B p∘(ż − ⟨p, ż⟩)          ż̄ = B (p − 1_t)
+
+On CUDA, but in float64, tiles of the vocabulary run through matrix products with Triton kernels
+between them (`triton_path`), elsewhere tiles of tokens through PyTorch (`torch_path`).
 """
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from ttt_kernels.deferred import Receiver, receiver
-from ttt_kernels.dtypes import accumulation_dtype
+from ttt_kernels.arguments import (
+    check_axes,
+    check_device,
+    check_floats,
+    check_pair,
+    check_shape,
+)
+from ttt_kernels.deferred import receiver
+from ttt_kernels.linear_cross_entropy import torch_path
 from ttt_kernels.linear_cross_entropy.reference import linear_cross_entropy_reference
 from ttt_kernels.linear_cross_entropy.shard import WHOLE, VocabularyShard
 from ttt_kernels.mode import uses_plain_definitions
-
-MAX_TILE_ELEMENTS = 1 << 21
-
-
-def _token_tiles(tokens: int, vocabulary: int) -> Iterator[slice]:
-    rows = max(1, MAX_TILE_ELEMENTS // vocabulary)
-    for start in range(0, tokens, rows):
-        yield slice(start, min(start + rows, tokens))
+from ttt_kernels.triton_launch import suits_triton
 
 
-class _Rows(NamedTuple):
-    """Softmax of a tile of tokens over one shard: p [t, V], nll [t], and where the targets are."""
+def _path(hidden: Tensor, weight: Tensor) -> ModuleType:
+    if not suits_triton(hidden, weight):
+        return torch_path
+    # Importing it takes Triton, which need not be installed where no kernel runs.
+    from ttt_kernels.linear_cross_entropy import triton_path
 
-    p: Tensor
-    nll: Tensor
-    target: Tensor
-    inside: Tensor
-    mean: Tensor | None
-    dot_nll: Tensor | None
+    return triton_path
 
 
-def _softmax(
-    logits: Tensor, targets: Tensor, shard: VocabularyShard, dot_logits: Tensor | None = None
-) -> _Rows:
-    """Softmax in place of the logits; with a tangent also ⟨p, ż⟩ [t, 1] and ⟨p, ż⟩ − ż_t [t].
-
-    One maximum and one sum are taken over the shards.
-    """
-    target, inside = shard.locate(targets, logits.shape[-1])
-    wanted = logits.gather(-1, target) * inside
-    highest = shard.reduce_max(logits.amax(dim=-1, keepdim=True))
-    p = logits.sub_(highest).exp_()
-    parts = [p.sum(dim=-1, keepdim=True), wanted]
-    if dot_logits is not None:
-        parts.append(torch.linalg.vecdot(p, dot_logits).unsqueeze(-1))
-        parts.append(dot_logits.gather(-1, target) * inside)
-    total, wanted, *dots = shard.reduce_sum(torch.cat(parts, dim=-1)).split(1, dim=-1)
-    nll = (total.log() + highest - wanted).squeeze(-1)
-    p.div_(total)
-    if not dots:
-        return _Rows(p, nll, target, inside, None, None)
-    mean = dots[0] / total
-    return _Rows(p, nll, target, inside, mean, (mean - dots[1]).squeeze(-1))
-
-
-class _LinearCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        token_weights: Tensor,
-        shard: VocabularyShard,
-        needs_grad: bool,
-        put_off: Receiver | None,
-    ) -> tuple[Tensor, Tensor]:
-        wide = accumulation_dtype(hidden.dtype)
-        matrix = weight.to(hidden.dtype)
-        nll = torch.empty(hidden.shape[0], dtype=wide, device=hidden.device)
-        want_hidden = needs_grad and ctx.needs_input_grad[0]
-        want_weight = needs_grad and ctx.needs_input_grad[1]
-        d_hidden = torch.empty_like(hidden) if want_hidden else None
-        d_weight = torch.zeros_like(weight, dtype=wide) if want_weight else None
-        kept = None if put_off is None else hidden.new_empty(len(hidden), len(weight))
-        for rows in _token_tiles(hidden.shape[0], shard.largest or weight.shape[0]):
-            logits = torch.mm(hidden[rows], matrix.mT).to(wide)
-            tile = _softmax(logits, targets[rows], shard)
-            nll[rows] = tile.nll
-            if not (want_hidden or want_weight):
-                continue
-            tile.p.scatter_add_(-1, tile.target, -tile.inside.to(wide))
-            d_logits = tile.p.mul_(token_weights[rows].unsqueeze(-1)).to(hidden.dtype)
-            if d_hidden is not None:
-                torch.mm(d_logits, matrix, out=d_hidden[rows])
-            if d_weight is not None:
-                d_weight += torch.mm(d_logits.mT, hidden[rows])
-            if kept is not None:
-                kept[rows] = d_logits
-        ctx.gradients = d_hidden, d_weight
-        ctx.put_off = None if put_off is None else (put_off, kept, hidden)
-        ctx.weight_dtype = weight.dtype
-        ctx.mark_non_differentiable(nll)
-        return (nll * token_weights).sum(), nll
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        (d_hidden, d_weight), put_off = ctx.gradients, ctx.put_off
-        ctx.gradients = ctx.put_off = None
-        if d_hidden is not None:
-            d_hidden = d_hidden.mul_(d_loss)
-        if d_weight is not None:
-            d_weight = d_weight.mul_(d_loss).to(ctx.weight_dtype)
-        if put_off is not None:
-            put_off[0].add(*put_off[1:], d_loss)
-        return d_hidden, d_weight, *[None] * 5
+def _check(
+    hidden: Tensor, weight: Tensor, targets: Tensor, weights: dict[str, Tensor], whole: bool
+) -> None:
+    """hidden [..., H] is one tensor, no pair; `whole` says that weight is all of the vocabulary."""
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"weight must be [V, {hidden.shape[-1]}] for hidden states of width"
+            f" {hidden.shape[-1]}, and its shape is {list(weight.shape)}."
+        )
+    if targets.dtype != torch.int64:
+        raise TypeError(f"targets must be int64, and are {targets.dtype}.")
+    check_device("hidden", hidden, "targets", targets)
+    for name, x in {"targets": targets, **weights}.items():
+        check_shape(name, x, hidden.shape[:-1])
+    # On a GPU looking would make the host wait; there the loss is NaN.
+    if whole and targets.numel() and targets.device.type == "cpu":
+        low, high = (int(x) for x in targets.aminmax())
+        if low < 0 or high >= len(weight):
+            wrong = low if low < 0 else high
+            raise ValueError(f"Target {wrong} is outside the vocabulary of {len(weight)}.")
 
 
 def linear_cross_entropy(
@@ -129,13 +72,20 @@ def linear_cross_entropy(
 
     Shapes: hidden [..., H], weight [V, H], targets [...] int64, token_weights [...]; a scalar,
     differentiable in hidden and weight, and nll [...] for reports. Both float32, or float64 for
-    float64 input. Backward may run once. With a shard, weight is its part of the vocabulary,
-    loss and nll are whole, and hidden's gradient is the shard's share.
+    float64 input; products are formed in hidden's dtype. Backward may run once. With a shard,
+    weight is its part of the vocabulary, which may be empty, loss and nll are whole, and hidden's
+    gradient is the shard's share.
+
+    A target that no shard has is refused where weight is the whole vocabulary and on the CPU;
+    elsewhere its nll is NaN. Raises ValueError or TypeError if the arguments do not fit together.
     """
+    check_floats(hidden=hidden, weight=weight, token_weights=token_weights)
+    check_axes("hidden", hidden, "[..., tokens, H]", 2)
+    _check(hidden, weight, targets, {"token_weights": token_weights}, shard.largest is None)
     if uses_plain_definitions():
         return linear_cross_entropy_reference(hidden, weight, targets, token_weights)
     put_off = receiver(hidden, weight)
-    loss, nll = _LinearCrossEntropy.apply(
+    loss, nll = _path(hidden, weight).LinearCrossEntropy.apply(
         hidden.flatten(0, -2),
         weight if put_off is None else weight.detach(),
         targets.flatten(),
@@ -145,68 +95,6 @@ def linear_cross_entropy(
         put_off,
     )
     return loss, nll.view(targets.shape)
-
-
-class _LinearCrossEntropyPair(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        pair: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        loss_weights: Tensor,
-        derivative_weights: Tensor,
-        dot_adjoint: Tensor | None,
-        shard: VocabularyShard,
-        put_off: Receiver | None,
-    ) -> Tensor:
-        wide = accumulation_dtype(pair.dtype)
-        matrix = weight.to(pair.dtype)
-        grad = torch.empty_like(pair, memory_format=torch.contiguous_format)
-        kept = d_weight = None
-        if put_off is None:
-            d_weight = torch.zeros_like(weight, dtype=wide)
-        else:
-            kept = pair.new_empty(*pair.shape[:2], len(weight))
-        total = torch.zeros((), dtype=wide, device=pair.device)
-        for rows in _token_tiles(pair.shape[1], shard.largest or weight.shape[0]):
-            a, b = loss_weights[rows].unsqueeze(-1), derivative_weights[rows].unsqueeze(-1)
-            logits = torch.mm(pair[0, rows], matrix.mT).to(wide)
-            dot_logits = torch.mm(pair[1, rows], matrix.mT).to(wide)
-            tile = _softmax(logits, targets[rows], shard, dot_logits)
-            assert tile.mean is not None
-            assert tile.dot_nll is not None
-            total += (a.squeeze(-1) * tile.nll).sum() + (b.squeeze(-1) * tile.dot_nll).sum()
-            d_logits = torch.mul(dot_logits.sub_(tile.mean).mul_(b).add_(a), tile.p)
-            d_logits.scatter_add_(-1, tile.target, -a * tile.inside)
-            d_dot_logits = tile.p.mul_(b).scatter_add_(-1, tile.target, -b * tile.inside)
-            d_dot_logits = d_dot_logits.to(pair.dtype)
-            d_logits = d_logits.to(pair.dtype)
-            torch.mm(d_logits, matrix, out=grad[0, rows])
-            if dot_adjoint is None:
-                torch.mm(d_dot_logits, matrix, out=grad[1, rows])
-            if kept is not None:
-                kept[0, rows], kept[1, rows] = d_logits, d_dot_logits
-            elif d_weight is not None:
-                product = torch.mm(d_logits.mT, pair[0, rows])
-                d_weight += product.addmm_(d_dot_logits.mT, pair[1, rows])
-        if dot_adjoint is not None:
-            grad[1].copy_(dot_adjoint)
-        ctx.gradients = grad, d_weight
-        ctx.put_off = None if put_off is None else (put_off, kept, pair)
-        ctx.weight_dtype = weight.dtype
-        return total
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor | None, ...]:
-        (grad, d_weight), put_off = ctx.gradients, ctx.put_off
-        ctx.gradients = ctx.put_off = None
-        if d_weight is not None:
-            d_weight = d_weight.mul_(d_total).to(ctx.weight_dtype)
-        if put_off is not None:
-            put_off[0].add(*(x.flatten(0, 1) for x in put_off[1:]), d_total)
-        return grad.mul_(d_total), d_weight, *[None] * 6
 
 
 def linear_cross_entropy_pair(
@@ -222,10 +110,22 @@ def linear_cross_entropy_pair(
 
     Shapes: pair [2, ..., H], weight [V, H], targets, loss_weights and derivative_weights [...];
     dot_adjoint [..., H] is the known cotangent of the tangent. Result: a scalar, differentiable
-    in pair and weight. Backward may run once.
+    in pair and weight. Backward may run once. Targets, shards and errors as in
+    `linear_cross_entropy`.
     """
+    check_floats(
+        pair=pair,
+        weight=weight,
+        loss_weights=loss_weights,
+        derivative_weights=derivative_weights,
+        dot_adjoint=dot_adjoint,
+    )
+    check_pair("pair", pair, "[2, ..., tokens, H]", 3)
+    weights = {"loss_weights": loss_weights, "derivative_weights": derivative_weights}
+    _check(pair[0], weight, targets, weights, shard.largest is None)
+    check_shape("dot_adjoint", dot_adjoint, pair.shape[1:])
     put_off = receiver(pair, weight)
-    result: Tensor = _LinearCrossEntropyPair.apply(
+    result: Tensor = _path(pair, weight).LinearCrossEntropyPair.apply(
         pair.flatten(1, -2),
         weight if put_off is None else weight.detach(),
         targets.flatten(),
