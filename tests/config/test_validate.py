@@ -72,6 +72,13 @@ def resolve(tmp_path):
         ["fp8.recipe=delayed", "fp8.scaling=row", "training.precision=fp8"],
         ["fp8.backend=transformer_engine", "fp8.scaling=row", "training.precision=fp8"],
         ["fp8.backend=transformer_engine", "training.device=cpu", "training.precision=fp8"],
+        ["fp8.backend=transformer_engine", "fp8.recipe=delayed", "training.precision=fp8"],
+        [
+            "fp8.backend=transformer_engine",
+            "parallel.context_order=zigzag",
+            "parallel.context=2",
+            "training.precision=fp8",
+        ],
         ["model.hidden_size=40", "training.precision=fp8"],
         ["model.ffn_hidden_size=200", "training.precision=fp8"],
         ["model.ffn_hidden_size=176", "parallel.tensor=2", "training.precision=fp8"],

@@ -398,17 +398,26 @@ def _float8(config: RunConfig) -> Iterator[str]:
             f"fp8.history = {fp8.history} has no effect with fp8.recipe = current; set "
             "fp8.recipe=delayed, or leave history out"
         )
-    if fp8.backend == "transformer_engine" and config.training.device == "cpu":
-        yield (
-            "fp8.backend = transformer_engine runs on CUDA alone, and training.device = cpu; set "
-            "fp8.backend=torch"
-        )
-    if fp8.backend == "transformer_engine" and fp8.scaling == "row":
-        yield (
-            "fp8.scaling = row is not to be had of fp8.backend = transformer_engine; set "
-            "fp8.scaling=tensor or fp8.backend=torch"
-        )
+    lack = transformer_engine_lacks(config)
+    if fp8.backend == "transformer_engine" and lack is not None:
+        yield f"fp8.backend = transformer_engine {lack}; set fp8.backend=torch"
     yield from _widths_of_float8(model, config.parallel.tensor)
+
+
+def transformer_engine_lacks(config: RunConfig) -> str | None:
+    """Why TransformerEngine cannot multiply as a recipe asks, in one clause; None if it can."""
+    if config.training.device == "cpu":
+        return "runs on CUDA alone, and training.device = cpu"
+    if config.fp8.scaling == "row":
+        return "has no scales by rows, and fp8.scaling = row"
+    if config.fp8.recipe == "delayed":
+        return (
+            "moves its scales within a step, so that a recomputed chunk would not be what it was, "
+            "and fp8.recipe = delayed"
+        )
+    if config.parallel.context_order == "zigzag":
+        return "cannot put weights' gradients off, as parallel.context_order = zigzag does"
+    return None
 
 
 def _widths_of_float8(model: ModelConfig, parts: int) -> Iterator[str]:

@@ -16,9 +16,15 @@ from torch import Tensor, nn
 from ttt_kernels import CurrentScaling, DelayedScaling
 from ttt_kernels.fp8_linear.scaling import ROLES
 from ttt_megatron.config.schema import Float8Config, RunConfig
+from ttt_megatron.config.validate import transformer_engine_lacks
 from ttt_megatron.errors import UserError
 from ttt_megatron.meta.learner import Learner
 from ttt_megatron.model.float8 import Float8Product, Products, float8_layers
+from ttt_megatron.parallel.te_layers import (
+    NoTransformerEngineError,
+    TransformerEngineProduct,
+    transformer_engine,
+)
 
 _LAYERS = (
     "self_attention.linear_qkv",
@@ -33,12 +39,35 @@ _SCALES_BY_ROW = (9, 0)
 def float8_products(config: RunConfig) -> Products | None:
     """What makes the run's float8 products; None for another precision.
 
-    Raises UserError if the GPU cannot multiply in float8.
+    Raises UserError if the GPU cannot multiply in float8, or as `float8_backend` does.
     """
     if config.training.precision != "fp8":
         return None
+    if float8_backend(config) == "transformer_engine":
+        return TransformerEngineProduct
     _require_tensor_cores(config)
     return partial(_product, config.fp8)
+
+
+def float8_backend(config: RunConfig) -> str:
+    """What multiplies in float8: "torch" or "transformer_engine".
+
+    `auto` takes TransformerEngine where it can do what the recipe asks for. Raises UserError if it
+    is asked for by name and cannot be had.
+    """
+    wanted = config.fp8.backend
+    if wanted == "torch" or (wanted == "auto" and transformer_engine_lacks(config) is not None):
+        return "torch"
+    try:
+        transformer_engine()
+    except NoTransformerEngineError as error:
+        if wanted == "auto":
+            return "torch"
+        raise UserError(
+            f"fp8.backend=transformer_engine is not to be had: {error}. Set fp8.backend=torch, "
+            "or auto for what there is"
+        ) from None
+    return "transformer_engine"
 
 
 def _product(settings: Float8Config, layer: nn.Module) -> Float8Product:
@@ -69,7 +98,7 @@ class Float8Scales:
 
     def __init__(self, learners: Sequence[Learner], config: RunConfig) -> None:
         own = [float8_layers(learner.model) for learner in learners]
-        self._products: dict[str, Float8Product] = {
+        self._products: dict[str, Any] = {
             name: layer.float8 for layers in own for name, layer in layers.items()
         }
         blocks = range(config.model.num_layers)
@@ -77,7 +106,7 @@ class Float8Scales:
         self._delayed: dict[int, DelayedScaling] = {
             places.index(name): product.scaling
             for name, product in self._products.items()
-            if isinstance(product.scaling, DelayedScaling)
+            if isinstance(product, Float8Product) and isinstance(product.scaling, DelayedScaling)
         }
         self.history: Tensor | None = None
         if config.fp8.recipe == "delayed":

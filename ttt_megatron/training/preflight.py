@@ -18,6 +18,7 @@ from ttt_megatron.training.checkpoint_folder import (
     read_config,
     resolve_checkpoint,
 )
+from ttt_megatron.training.float8 import float8_backend
 from ttt_megatron.training.fused import choose_adam
 from ttt_megatron.training.precision import parameter_dtype_of
 from ttt_megatron.training.resume import refuse_changes
@@ -70,6 +71,8 @@ def _refuse_what_needs_cuda(config: RunConfig) -> None:
             "training.cuda_graphs = true, and torch finds no CUDA device here: leave cuda_graphs "
             "out, or run where there is one"
         )
+    if config.training.precision == "fp8":
+        float8_backend(config)
     if config.optimizer.fused not in ("auto", "torch"):
         dtype = parameter_dtype_of(config.training.precision)
         choose_adam(config.optimizer, torch.device("cuda" if on_cuda else "cpu"), dtype)
