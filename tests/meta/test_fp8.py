@@ -23,7 +23,6 @@ from ttt_megatron.model.float8 import Float8Product, float8_layers
 
 SHAPE = {"hidden_size": 32, "ffn_hidden_size": 48}
 WAYS = pytest.mark.parametrize("rowwise", [False, True], ids=["tensor", "row"])
-POLICIES = ("recompute", "save_activations", "save_all")
 
 # A power of two: what float8 makes of a tangent's cotangent, −lr times an adjoint, is then −lr
 # times what it made of the adjoint.
@@ -41,8 +40,10 @@ def float8_learner(
 
 
 @WAYS
-@pytest.mark.parametrize("clip", [0.0, 2.0])
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(
+    ("clip", "policy"),
+    [(2.0, "recompute"), (2.0, "save_activations"), (2.0, "save_all"), (0.0, "recompute")],
+)
 def test_engine_and_oracle_agree_on_what_float8_makes_of_a_model(rowwise, clip, policy):
     model = float8_learner(
         partial(current, rowwise=rowwise), {"clip": clip, "memory_policy": policy}
@@ -51,7 +52,7 @@ def test_engine_and_oracle_agree_on_what_float8_makes_of_a_model(rowwise, clip, 
     found = engine_gradients(model, data)
     result, expected = oracle_gradients(model, data)
     assert worst_error(found, expected) < 1e-12
-    assert float(model(*data).loss.detach() - result.loss.detach()) < 1e-12
+    assert abs(float(model(*data).loss.detach() - result.loss.detach())) < 1e-12
     full = learner(SHAPE, INNER | {"clip": clip})
     assert worst_error(engine_gradients(full, data), expected) > 0.01
 
