@@ -16,9 +16,9 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from ttt_megatron.bench.live_bytes import LiveBytes, tensor_bytes
 from meta_shape import add_shape, shape_of
 
+from ttt_megatron.bench.live_bytes import LiveBytes, tensor_bytes
 from ttt_megatron.config.schema import InnerConfig
 from ttt_megatron.meta import meta_loss
 from ttt_megatron.meta.learner import Learner

@@ -44,9 +44,9 @@ def measure(config: RunConfig) -> list[Kinds]:
 def measure_here(config: RunConfig) -> list[Kinds]:
     """The same, where this process is one of the ranks. Collective."""
     import torch.distributed as dist
-    from ttt_megatron.bench.live_bytes import LiveBytes
     from memory_kinds import kinds_told, watched_step
 
+    from ttt_megatron.bench.live_bytes import LiveBytes
     from ttt_megatron.training.run import run_training
     from ttt_megatron.training.trainer import Trainer
 

@@ -6,10 +6,10 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
-from ttt_megatron.bench.live_bytes import LiveBytes
 from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBuffer
 
 from ttt_kernels.swa_attention import core
+from ttt_megatron.bench.live_bytes import LiveBytes
 from ttt_megatron.meta import meta_loss
 from ttt_megatron.meta.learner import Learner
 from ttt_megatron.meta.meta_loss import MetaRun

@@ -39,6 +39,7 @@ def test_without_inner_steps_nothing_moves(trained_run, capsys):
     captured = generate(capsys, trained_run, *options)
     assert steps_taken(captured) == 0
     assert "moved by 0.00%" in captured.err
+    assert "kernels: torch (" in captured.err
 
 
 def test_prompts_from_a_file_and_from_stdin_are_the_same(

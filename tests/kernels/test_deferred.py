@@ -145,7 +145,7 @@ def test_context_ends_and_reaches_other_threads():
         thread.join()
     assert seen == [gradients]
     assert weight_gradients() is None
-    with pytest.raises(RuntimeError), putting_off(gradients):
+    with pytest.raises(ValueError, match="weight must be"), putting_off(gradients):
         linear(draw(3, 4), draw(5, 6))
     assert weight_gradients() is None
 

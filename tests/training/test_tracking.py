@@ -32,6 +32,8 @@ def test_a_resumed_run_continues_its_mlflow_run(
     assert run.info.status == "FINISHED"
     assert run.data.params["training.steps"] == "6"
     assert run.data.tags["checkpoint"] == second.checkpoint
+    assert run.data.tags["kernels"].startswith("torch (")
+    assert run.data.tags["AdamW"].startswith("torch (")
     history = {m.step: m.value for m in client.get_metric_history(first.tracking_run, "loss")}
     assert history == losses(tmp_path / "run")
     wanted = {"first_chunk_loss", "last_chunk_loss", "inner_grad_norm", "clipped_share", "drift"}

@@ -167,6 +167,7 @@ def _about(
         "control": None if control is None else str(control.checkpoint),
         "data": str(dataset.path),
         "data_fingerprint": dataset.fingerprint,
+        "kernels": model.kernels,
         "window_size": model.config.model.window_size,
         "chunk_size": model.config.inner.chunk_size,
     }
@@ -217,6 +218,7 @@ def _publish(report: "PositionReport", model: LoadedModel, output: Path) -> int:
     table = report.table()
     needed = Console(width=1000).measure(table).maximum
     Console(width=max(Console().width, needed)).print(table)
+    print(f"kernels: {model.kernels}")
     files = write_files(report, output, _STEM)
     plot = output / f"{_STEM}.png"
     title = f"{model.config.name}, step {model.info.step}"

@@ -90,7 +90,8 @@ def run(args: argparse.Namespace) -> int:
     drift = float(session.drift[0])
     print(
         f"read {reading}, generated {generated}; {session.steps_taken:,} inner steps, fast weights "
-        f"moved by {drift:.2%} of their norm; state {session.nbytes / 1e6:.3g} MB",
+        f"moved by {drift:.2%} of their norm; state {session.nbytes / 1e6:.3g} MB; "
+        f"kernels: {loaded.kernels}",
         file=sys.stderr,
     )
     return 0

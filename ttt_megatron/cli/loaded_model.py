@@ -36,6 +36,14 @@ class LoadedModel:
         parent = self.checkpoint.parent
         return parent.parent if parent.name == CHECKPOINTS else parent
 
+    @property
+    def kernels(self) -> str:
+        """Whose kernels the learner computes with, and why."""
+        import ttt_kernels
+
+        weight = self.learner.model.head_weight
+        return str(ttt_kernels.backend(weight.device, weight.dtype))
+
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds CHECKPOINT_OR_RUN and --device."""

@@ -9,15 +9,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ttt_kernels.arguments import check_floats, check_pair, check_shape
 from ttt_kernels.linear.op import linear
+
+
+def _check(x: Tensor, weight: Tensor) -> None:
+    """x [b, T, in], weight [b, out, in]."""
+    if x.dim() != 3 or weight.dim() != 3 or x.shape[::2] != weight.shape[::2]:
+        raise ValueError(
+            f"x must be [b, T, in] and weight [b, out, in], and their shapes are {list(x.shape)} and"
+            f" {list(weight.shape)}."
+        )
 
 
 def fast_linear(x: Tensor, weight: Tensor) -> Tensor:
     """x @ weightᵀ per sequence, in x's dtype.
 
     Shapes: x [b, T, in], weight [b, out, in] (or [out, in], shared) → [b, T, out].
+    Raises ValueError or TypeError if the arguments do not fit together.
     """
-    return linear(x, weight) if weight.dim() == 2 else torch.bmm(x, weight.to(x.dtype).mT)
+    check_floats(x=x, weight=weight)
+    if weight.dim() == 2:
+        return linear(x, weight)
+    _check(x, weight)
+    return torch.bmm(x, weight.to(x.dtype).mT)
 
 
 class _FastLinearPair(torch.autograd.Function):
@@ -79,7 +94,16 @@ def fast_linear_pair(
 
     Shapes: x [2, b, T, in], or [b, T, in] for an input without tangent; weight and direction
     [b, out, in] → [2, b, T, out]; primal [b, T, out] and dot_adjoint [b, T, in] are what the
-    forward sweep kept. The direction is a constant: it gets no gradient.
+    forward sweep kept. The direction is a constant: it gets no gradient. Raises ValueError or
+    TypeError if the arguments do not fit together.
     """
+    check_floats(x=x, weight=weight, direction=direction, primal=primal, dot_adjoint=dot_adjoint)
+    if x.dim() == 4:
+        check_pair("x", x, "[2, b, T, in]", 4)
+    value = x[0] if x.dim() == 4 else x
+    _check(value, weight)
+    check_shape("direction", direction, weight.shape)
+    check_shape("primal", primal, (*value.shape[:2], weight.shape[1]))
+    check_shape("dot_adjoint", dot_adjoint, value.shape)
     result: Tensor = _FastLinearPair.apply(x.contiguous(), weight, direction, primal, dot_adjoint)
     return result

@@ -11,11 +11,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ttt_kernels.arguments import check_axes, check_floats, check_pair, check_shape
 from ttt_kernels.deferred import Receiver, receiver
 
 
+def _check(name: str, x: Tensor, weight: Tensor) -> None:
+    if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
+        raise ValueError(
+            f"weight must be [out, {x.shape[-1]}] for {name} {list(x.shape)}, and its shape is"
+            f" {list(weight.shape)}."
+        )
+
+
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x @ weightᵀ, in x's dtype. Shapes: x [..., in], weight [out, in] → [..., out]."""
+    """x @ weightᵀ, in x's dtype. Shapes: x [..., in], weight [out, in] → [..., out].
+
+    Raises ValueError or TypeError if the arguments do not fit together.
+    """
+    check_floats(x=x, weight=weight)
+    check_axes("x", x, "[..., in]", 1)
+    _check("x", x, weight)
     put_off = receiver(x, weight)
     if put_off is None:
         return F.linear(x, weight.to(x.dtype))
@@ -91,7 +106,13 @@ def linear_pair(
 
     Shapes: pair [2, ..., in], weight [out, in] → [2, ..., out]; primal [..., out] and
     dot_adjoint [..., in] (the known cotangent of the input's tangent) are optional.
+    Raises ValueError or TypeError if the arguments do not fit together.
     """
+    check_floats(pair=pair, weight=weight, primal=primal, dot_adjoint=dot_adjoint)
+    check_pair("pair", pair, "[2, ..., tokens, in]", 3)
+    _check("pair", pair, weight)
+    check_shape("primal", primal, (*pair.shape[1:-1], weight.shape[0]))
+    check_shape("dot_adjoint", dot_adjoint, pair.shape[1:])
     put_off = receiver(pair, weight)
     used = weight if put_off is None else weight.detach()
     result: Tensor = _LinearPair.apply(pair.contiguous(), used, primal, dot_adjoint, put_off)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ttt_kernels.arguments import check_axes, check_floats, check_pair, check_shape
 from ttt_kernels.dtypes import accumulation_dtype
 from ttt_kernels.mode import uses_plain_definitions
 from ttt_kernels.rms_norm.reference import rms_norm_reference
@@ -111,7 +112,13 @@ class _RMSNormPair(torch.autograd.Function):
 
 
 def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
-    """RMS-normalise the last axis. Shapes: x [..., H], gain [H]; result as x."""
+    """RMS-normalise the last axis. Shapes: x [..., H], gain [H]; result as x.
+
+    Raises ValueError or TypeError if the arguments do not fit together.
+    """
+    check_floats(x=x, gain=gain)
+    check_axes("x", x, "[..., H]", 1)
+    check_shape("gain", gain, x.shape[-1:])
     if uses_plain_definitions():
         return rms_norm_reference(x, gain, eps)
     result: Tensor = _RMSNorm.apply(x, gain, eps)
@@ -119,6 +126,12 @@ def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
 
 
 def rms_norm_pair(pair: Tensor, gain: Tensor, eps: float) -> Tensor:
-    """`rms_norm` and its directional derivative. Shapes: pair [2, ..., H], gain [H]."""
+    """`rms_norm` and its directional derivative. Shapes: pair [2, ..., H], gain [H].
+
+    Raises ValueError or TypeError if the arguments do not fit together.
+    """
+    check_floats(pair=pair, gain=gain)
+    check_pair("pair", pair, "[2, ..., H]", 2)
+    check_shape("gain", gain, pair.shape[-1:])
     result: Tensor = _RMSNormPair.apply(pair, gain, eps)
     return result

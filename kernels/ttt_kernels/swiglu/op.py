@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ttt_kernels.arguments import check_axes, check_floats, check_pair
 from ttt_kernels.dtypes import accumulation_dtype
 from ttt_kernels.mode import uses_plain_definitions
 from ttt_kernels.swiglu.reference import swiglu_reference
@@ -102,8 +103,21 @@ class _SwiGLUPair(torch.autograd.Function):
         return grad.to(pair.dtype)
 
 
+def _check_halves(name: str, x: Tensor) -> None:
+    if x.shape[-1] % 2:
+        raise ValueError(
+            f"{name}'s last axis holds gate and up projection, and its length {x.shape[-1]} is odd."
+        )
+
+
 def swiglu(gate_up: Tensor) -> Tensor:
-    """silu(gate) ⊙ up. Shapes: gate_up [..., 2I] (gate first) → [..., I]."""
+    """silu(gate) ⊙ up. Shapes: gate_up [..., 2I] (gate first) → [..., I].
+
+    Raises ValueError or TypeError for anything else.
+    """
+    check_floats(gate_up=gate_up)
+    check_axes("gate_up", gate_up, "[..., 2I]", 1)
+    _check_halves("gate_up", gate_up)
     if uses_plain_definitions():
         return swiglu_reference(gate_up)
     result: Tensor = _SwiGLU.apply(gate_up)
@@ -111,6 +125,12 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 
 def swiglu_pair(pair: Tensor) -> Tensor:
-    """`swiglu` and its directional derivative. Shapes: [2, ..., 2I] → [2, ..., I]."""
+    """`swiglu` and its directional derivative. Shapes: [2, ..., 2I] → [2, ..., I].
+
+    Raises ValueError or TypeError for anything else.
+    """
+    check_floats(pair=pair)
+    check_pair("pair", pair, "[2, ..., 2I]", 2)
+    _check_halves("pair", pair)
     result: Tensor = _SwiGLUPair.apply(pair)
     return result
