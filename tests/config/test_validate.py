@@ -82,6 +82,11 @@ def resolve(tmp_path):
         ["model.hidden_size=40", "training.precision=fp8"],
         ["model.ffn_hidden_size=200", "training.precision=fp8"],
         ["model.ffn_hidden_size=176", "parallel.tensor=2", "training.precision=fp8"],
+        ["training.cuda_graphs=true", "training.device=cpu"],
+        ["training.cuda_graphs=true", "inner.mode=off"],
+        ["training.cuda_graphs=true", "parallel.tensor=2"],
+        ["training.cuda_graphs=true", "parallel.context=2", "parallel.context_order=zigzag"],
+        ["training.cuda_graphs=true", "training.precision=fp8"],
         ["inner.clip=-1"],
         ["inner.lr_warmup_fraction=1.1"],
         ["optimizer.lr=0"],
@@ -167,6 +172,8 @@ def test_impossible_values_are_refused_by_name_and_value(resolve, overrides):
         ["optimizer.engine=deepspeed", "optimizer.zero_stage=2"],
         ["training.precision=fp8", "fp8.recipe=delayed", "fp8.history=4", "fp8.compute=fp32"],
         ["training.precision=fp8", "fp8.scaling=row", "parallel.tensor=2"],
+        ["training.cuda_graphs=true", "inner.mode=first_order", "parallel.context=2"],
+        ["training.cuda_graphs=true", "parallel.pipeline=2", "inner.two_level=true"],
     ],
 )
 def test_values_at_the_edge_are_possible(resolve, overrides):

@@ -157,7 +157,7 @@ def test_values_that_mean_nothing_are_refused():
         clip_factor(floats(B), -1.0)
     with pytest.raises(ValueError, match="sign must be 1 or -1, and is 2"):
         add_scaled_(*FITTING[add_scaled_](), sign=2)
-    with pytest.raises(ValueError, match="head_dim must be even .* is 5"):
+    with pytest.raises(ValueError, match=r"head_dim must be even .* is 5"):
         turns(width=5)
     with pytest.raises(TypeError, match=r"rotation must be complex, and is torch\.float64"):
         rope(floats(B, T, 3, WIDTH), floats(T, 3))

@@ -130,3 +130,16 @@ def test_a_target_in_no_shard_leaves_no_finite_loss():
     assert loss.isnan()
     with pytest.raises(ValueError, match="Target 4 is outside the vocabulary of 4"):
         linear_cross_entropy(hidden, weight, torch.tensor([3, 4]), a)
+
+
+@pytest.mark.parametrize("operation", [linear_cross_entropy, linear_cross_entropy_pair])
+def test_a_second_backward_pass_is_refused(operation):
+    pair, weight = draw(2, 3, 5), draw(4, 5)
+    targets, weights = torch.tensor([3, 0, 1]), torch.ones(3, dtype=torch.float64)
+    if operation is linear_cross_entropy:
+        value, _ = operation(pair[0], weight, targets, weights)
+    else:
+        value = operation(pair, weight, targets, weights, weights)
+    value.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="backward pass may run once"):
+        value.backward()

@@ -58,13 +58,6 @@ def test_pair(name):
     assert_close(actual, grads(lambda *a: as_pair(reference)(*a, *settings), arguments))
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_definition_is_twice_differentiable(name):
-    _, _, reference, parameters, _, settings = CASES[name]
-    arguments = [draw(2, 4 if name == "swiglu" else 7), *parameters()]
-    assert torch.autograd.gradgradcheck(lambda *a: reference(*a, *settings), arguments)
-
-
 def test_rope_turns_interleaved_components_and_back():
     x = draw(2, 5, 3, 8)
     rotation = rotations(100, 5, 8, 500.0, x)

@@ -128,6 +128,14 @@ def test_names_are_refused_on_a_cpu_before_anything_starts(wanted, tmp_path):
         resolve_run(config)
 
 
+def test_cuda_graphs_are_refused_where_there_is_no_cuda_device(tmp_path):
+    config = small_run(tmp_path, tmp_path, training__cuda_graphs=True, training__device="auto")
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    with pytest.raises(UserError, match="cuda_graphs = true, and torch finds no CUDA device"):
+        resolve_run(config)
+
+
 def _steps(monkeypatch, adam: Adam) -> tuple[dict[str, torch.Tensor], dict]:
     """Three updates in float64, the last after the state has been saved and loaded again."""
     monkeypatch.setattr(outer, "choose_adam", lambda *_: adam)

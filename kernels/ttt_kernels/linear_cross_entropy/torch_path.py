@@ -73,6 +73,18 @@ def _softmax(
     return _Rows(p, nll, target, inside, mean, (mean - dots[1]).squeeze(-1))
 
 
+def _take(ctx: Any) -> tuple[Any, Any]:
+    """The gradients formed with the value, which the first backward pass scales in place."""
+    if ctx.gradients is None:
+        raise RuntimeError(
+            "The head's backward pass may run once: its gradients are formed with the loss and"
+            " scaled in place. Compute the loss again for another one."
+        )
+    taken = ctx.gradients, ctx.put_off
+    ctx.gradients = ctx.put_off = None
+    return taken
+
+
 class LinearCrossEntropy(torch.autograd.Function):
     """(hidden [T, H], weight [V, H], targets [T], token_weights [T], …) → (loss, nll [T])."""
 
@@ -118,8 +130,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        (d_hidden, d_weight), put_off = ctx.gradients, ctx.put_off
-        ctx.gradients = ctx.put_off = None
+        (d_hidden, d_weight), put_off = _take(ctx)
         if d_hidden is not None:
             d_hidden = d_hidden.mul_(d_loss)
         if d_weight is not None:
@@ -183,8 +194,7 @@ class LinearCrossEntropyPair(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor | None, ...]:
-        (grad, d_weight), put_off = ctx.gradients, ctx.put_off
-        ctx.gradients = ctx.put_off = None
+        (grad, d_weight), put_off = _take(ctx)
         if d_weight is not None:
             d_weight = d_weight.mul_(d_total).to(ctx.weight_dtype)
         if put_off is not None:
