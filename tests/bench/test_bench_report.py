@@ -30,13 +30,15 @@ def report(device="a GPU", scale=1.0):
         "ceilings": {"flops": {"bf16": 1e14}, "bytes_per_second": 1e12, "source": "a test"},
     }
     latency = {"section": "latency", "shape": "tiny, context 64", "way": "SWA", "tokens": 64}
+    step = {"section": "meta", "operation": "step", "tokens": 64}
     rows = [
         result("forward", [1e-3, 2e-3, 4e-3], flops=4e9, bytes=1.0, floor=1e-3),
         result("forward", [3e-3 * scale] * 3, way="SDPA", ratio=1.5),
         result("backward", [], reason="there is no room"),
         result("inner step", [2e-3] * 3, "inner", tokens=64, ratio=2.0),
-        result("TTT-E2E", [2e-3] * 3, "meta", tokens=64, ratio=1.6, mfu=0.4, peak_bytes=2**30),
-        result("same model, no inner steps", [1e-3] * 3, "meta", tokens=64, ratio=1.0, mfu=0.5),
+        result("TTT-E2E", [2e-3] * 3, **step, ratio=1.6, mfu=0.4, peak_bytes=2**30),
+        result("same model, no inner steps", [1e-3] * 3, **step, ratio=1.0, mfu=0.5),
+        result("fp8", [1e-3] * 3, "meta", operation="prefix", tokens=64, ratio=0.8),
         result("prefill", [0.5] * 3, **latency),
         result("decode a token", [2e-3] * 3, extra={"chunk": 8.0}, **latency),
     ]
@@ -69,7 +71,15 @@ def test_tables_say_what_was_found_and_what_was_not():
     assert "there is no room" in text
     assert "| TTT-E2E | 2 ms | ±0.0% | 1.60 | 32,000 | 40% | - | 1 GiB |" in text
     assert "| SWA | 500 ms | 128 | 2 ms | ±0.0% | - | 2 ms | - |" in text
-    assert len(tables_of(report())) == 4
+    assert "| fp8 | 1 ms | ±0.0% | 0.80 | 64,000 | - | - |" in text
+    titles = [table.title.partition(",")[0] for table in tables_of(report())]
+    assert titles == [
+        "attention",
+        "Inner step",
+        "Meta step",
+        "Prefix",
+        "Latency of a streaming session",
+    ]
 
 
 def test_a_mean_token_has_its_share_of_the_step():
@@ -89,7 +99,7 @@ def test_comparisons_mark_other_devices():
     same = compare(report(scale=2.0), report())
     assert same.rows[1][3:] == ("6 ms", "2.00")
     assert not same.note
-    assert len(same.rows) == 7
+    assert len(same.rows) == 8
     assert "DIFFERENT DEVICES" in compare(report(device="another"), report()).note
     assert "no case" in compare(report(), Report(about=report().about)).note
 

@@ -17,6 +17,7 @@ from ttt_megatron.bench.latency_cases import DECODE, PREFILL, latency_group
 from ttt_megatron.bench.latency_cases import STEP as STEPPED
 from ttt_megatron.bench.meta_cases import PLAIN, meta_group
 from ttt_megatron.bench.models import E2E, FULL, SWA, Size
+from ttt_megatron.bench.prefix_cases import prefix_group
 from ttt_megatron.bench.row_cases import row_groups
 from ttt_megatron.bench.runner import Runner
 from ttt_megatron.config import from_dict
@@ -143,3 +144,10 @@ def test_baselines_are_as_wide_as_the_published_ones(name, width):
 def test_floors_are_the_larger_of_products_and_moves():
     assert FLAT.floor(Work(10**10, 10**8), "fp32") == pytest.approx(1.0)
     assert FLAT.floor(Work(10**8, 10**9), "fp32") == pytest.approx(1.0)
+
+
+def test_the_prefix_is_measured_in_every_precision_in_turn():
+    size = models.tiny_size()
+    found = measured(prefix_group(size, 128, ("fp32", "fp8"), CPU, 1, FLAT))
+    fp32, fp8 = found["fp32", "ttt_kernels"], found["fp8", "ttt_kernels"]
+    assert fp8.ratio == pytest.approx(fp8.median / fp32.median)

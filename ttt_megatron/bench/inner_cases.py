@@ -10,7 +10,7 @@ from ttt_kernels.work import Work as KernelWork
 from ttt_megatron.bench import models
 from ttt_megatron.bench.case import Case, Group, Missing
 from ttt_megatron.bench.ceilings import Ceilings
-from ttt_megatron.bench.meta_cases import GRAPHS
+from ttt_megatron.bench.meta_cases import GRAPHS, replayable
 from ttt_megatron.bench.models import Size
 from ttt_megatron.config.schema import RunConfig
 from ttt_megatron.meta import inner_step
@@ -52,7 +52,7 @@ def inner_group(
         memory_bytes=models.step_bytes(
             models.with_memory(config, prefix=True, two_level=False), device
         ),
-        seconds=flops / ceilings.flops[precision] / 3,
+        seconds=flops / ceilings.product_rate(precision) / 3,
         rounds=rounds,
         reference_name=READ,
     )
@@ -136,7 +136,7 @@ def _cases(config: RunConfig, chunk: int, device: torch.device) -> list[Case | M
     work = _work(config, chunk)
     at = _before(config, learner, chunk, device)
     runs: dict[str, tuple[Any, Any]] = {READ: (at.read, _nothing), **_of(at)}
-    if device.type == "cuda":
+    if replayable(config, device):
         replayed = models.sharing(learner, config, graphs=True)
         steps = _of(_before(config, replayed, chunk, device))
         runs |= {f"{name}, {GRAPHS}": run for name, run in steps.items()}

@@ -42,7 +42,7 @@ def latency_group(
         build=lambda: _cases(variants, device),
         cold_cache=False,
         memory_bytes=sum(_needed(c, device) for c in variants.values()),
-        seconds=flops / ceilings.flops[precision] / 0.15,
+        seconds=flops / ceilings.product_rate(precision) / 0.15,
         rounds=rounds,
         reference_way=SWA,
     )

@@ -45,7 +45,7 @@ def meta_group(
     }
     chosen, missing = _choose(variants, device, available)
     seconds = sum(
-        step_work(c, tile=1).total.flops / ceilings.flops[precision] / _SHARE
+        step_work(c, tile=1).total.flops / ceilings.product_rate(precision) / _SHARE
         for c in chosen.values()
     )
     return Group(
@@ -102,10 +102,15 @@ def _choose(
         more = {E2E: base}
         if needed(E2E, saved) <= available:
             more[f"{E2E}, save_all"] = saved
-        if device.type == "cuda":
+        if replayable(config=base, device=device):
             more |= {f"{name}, {GRAPHS}": c for name, c in more.items()}
         fitting = more | fitting
     return fitting, missing
+
+
+def replayable(config: RunConfig, device: torch.device) -> bool:
+    """Whether passes over chunks can be CUDA graphs: not where they reuse weights made float8."""
+    return device.type == "cuda" and config.training.precision != "fp8"
 
 
 def _settings(config: RunConfig) -> str:

@@ -30,7 +30,7 @@ class Options:
     sections: tuple[str, ...]
     sizes: tuple[Size, ...]
     lengths: tuple[int, ...]
-    precisions: tuple[str, ...]
+    precisions: tuple[Precision, ...]
     repeats: int
     step_repeats: int
     small: bool = False
@@ -77,7 +77,8 @@ def make_options(
     wanted = _once(lengths or (SMALL_LENGTHS if small else LENGTHS))
     for size in chosen:
         for length in wanted:
-            models.check_length(size, length, precisions[0])  # type: ignore[arg-type]
+            for one in precisions:
+                models.check_length(size, length, one)
     folder = None if output is None else Path(output)
     if folder is not None and folder.exists() and not folder.is_dir():
         raise UserError(f"--output {folder}: that is a file; give a folder")
@@ -119,9 +120,9 @@ def _device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and there else "cpu")
 
 
-def _precisions(names: Sequence[str]) -> tuple[str, ...]:
-    known = get_args(Precision)
+def _precisions(names: Sequence[str]) -> tuple[Precision, ...]:
+    known: tuple[Precision, ...] = get_args(Precision)
     for name in names:
         if name not in known:
             raise UserError(f"--precision {name}: the precisions are {', '.join(known)}")
-    return tuple(_once(names))
+    return tuple(name for name in known if name in names)

@@ -151,7 +151,8 @@ def _lines(axis: Any, lines: Lines, xlabel: str, ylabel: str, title: str) -> Non
 def _lines_of_steps(axis: Any, rows: list[Result]) -> None:
     lines: Lines = {}
     for one in rows:
-        if one.ratio is not None and one.name != meta_cases.PLAIN:
+        is_step = one.operation == meta_cases.OPERATION
+        if is_step and one.ratio is not None and one.name != meta_cases.PLAIN:
             point = _tokens_in(one.shape), one.ratio
             lines.setdefault((_size_of(one), one.name), []).append(point)
     _lines(axis, lines, "tokens a sequence", "time / plain", "A step over a plain one")

@@ -143,7 +143,7 @@ class Runner:
             result.floor = self.ceilings.floor(case.work, result.precision)
         if case.model_flops is not None:
             result.model_flops = case.model_flops
-            result.mfu = case.model_flops / middle / self.ceilings.peak[result.precision]
+            result.mfu = case.model_flops / middle / self.ceilings.peak_rate(result.precision)
 
 
 def _result(group: Group, case: Case | Missing) -> Result:

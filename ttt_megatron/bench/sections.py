@@ -13,6 +13,7 @@ from ttt_megatron.bench.memory import available_bytes
 from ttt_megatron.bench.meta_cases import meta_group
 from ttt_megatron.bench.models import Size
 from ttt_megatron.bench.options import Options
+from ttt_megatron.bench.prefix_cases import prefix_group
 from ttt_megatron.bench.row_cases import row_groups
 
 # The published chunk and window, at the head dims that kernels are tuned for.
@@ -39,6 +40,11 @@ def groups_of(options: Options, ceilings: Ceilings) -> list[Group]:
             for precision in options.precisions
             for size in options.sizes
         ]
+        if len(options.precisions) > 1:
+            length = min(options.lengths)
+            found += [
+                prefix_group(size, length, options.precisions, *common) for size in options.sizes
+            ]
     if "latency" in options.sections:
         found += [
             latency_group(size, length, precision, *common)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from rich.box import SIMPLE_HEAD
 from rich.table import Table as RichTable
 
-from ttt_megatron.bench import latency_cases, meta_cases
+from ttt_megatron.bench import latency_cases, meta_cases, prefix_cases
 from ttt_megatron.bench.case import OURS
 from ttt_megatron.bench.results import MEASURED, Report, Result
 
@@ -57,7 +57,7 @@ def tables_of(report: Report) -> list[Table]:
     makers: dict[str, Callable[[list[Result]], list[Table]]] = {
         "kernels": _kernels,
         "inner": lambda rows: [_steps(rows, "Inner step", "time / reading")],
-        "meta": lambda rows: [_steps(rows, "Meta step, forwards and backwards", "time / plain")],
+        "meta": _meta,
         "latency": lambda rows: [_latency(rows)],
     }
     found: list[Table] = []
@@ -156,6 +156,18 @@ def _steps(rows: list[Result], title: str, relation: str) -> Table:
     return Table(title=title, columns=tuple(columns), rows=cells, left=3, note=_notes(rows))
 
 
+def _meta(rows: list[Result]) -> list[Table]:
+    titles = {
+        meta_cases.OPERATION: ("Meta step, forwards and backwards", "time / plain"),
+        prefix_cases.OPERATION: ("Prefix, forwards and backwards", "relative time"),
+    }
+    found = []
+    for operation, words in titles.items():
+        own = [one for one in rows if one.operation == operation]
+        found += [_steps(own, *words)] if own else []
+    return found
+
+
 def _latency(rows: list[Result]) -> Table:
     columns = (
         "context", "precision", "model", "prefill", "tokens/s", "decode a token", "spread",
@@ -225,7 +237,7 @@ def as_markdown(report: Report) -> str:
 LEGEND = (
     "Medians; the spread is half the distance of the quartiles. Of floor: the time that the least "
     "FLOPs and bytes need at the ceilings, over the median. MFU counts a plain step's FLOPs of the "
-    "same model. "
+    "same model; fp8 is held against bf16's rates. "
     f'Plain is the "{meta_cases.PLAIN}", its prime MLPs ordinary layers; SWA and full attention '
     "have none, and MLPs wider by about as many parameters. Peak memory is that of tensors, with "
     "weights and gradients and without an optimizer. A mean token has its share of the step that "
