@@ -401,7 +401,7 @@ def _float8(config: RunConfig) -> Iterator[str]:
     lack = transformer_engine_lacks(config)
     if fp8.backend == "transformer_engine" and lack is not None:
         yield f"fp8.backend = transformer_engine {lack}; set fp8.backend=torch"
-    yield from _widths_of_float8(model, config.parallel.tensor)
+    yield from float8_widths(model, config.parallel.tensor)
 
 
 def transformer_engine_lacks(config: RunConfig) -> str | None:
@@ -420,8 +420,8 @@ def transformer_engine_lacks(config: RunConfig) -> str | None:
     return None
 
 
-def _widths_of_float8(model: ModelConfig, parts: int) -> Iterator[str]:
-    """Products in float8 take lengths that are multiples of 16."""
+def float8_widths(model: ModelConfig, parts: int) -> Iterator[str]:
+    """Widths over so many tensor-parallel parts that are no multiples of 16, a sentence each."""
     shares = f" over parallel.tensor = {parts}" if parts > 1 else ""
     head_dim = model.hidden_size // model.num_heads
     kv_heads = "num_heads" if model.num_kv_heads is None else "num_kv_heads"

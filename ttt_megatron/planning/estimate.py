@@ -7,12 +7,18 @@ from ttt_megatron.planning import transfers as traffic
 from ttt_megatron.planning.hardware import Hardware
 from ttt_megatron.planning.interleaved import simulate_interleaved
 from ttt_megatron.planning.layout import TURNS, Layout
-from ttt_megatron.planning.memory import StageMemory, stage_memory, stage_parameters
+from ttt_megatron.planning.memory import (
+    StageMemory,
+    stage_memory,
+    stage_parameters,
+    static_weights,
+)
 from ttt_megatron.planning.schedules import PhaseSeconds, Transfers, simulate
 from ttt_megatron.planning.simulator import Timeline
 from ttt_megatron.planning.stages import cut_prefix
+from ttt_megatron.planning.static_work import WEIGHT_BYTES
 from ttt_megatron.planning.step_work import StepWork, step_work
-from ttt_megatron.planning.units import Work
+from ttt_megatron.planning.units import Work, compute_precision, in_float8
 
 CHOSEN = ("in turn", "1f1b", "zigzag", "interleaved")
 """Schedules that training has; gpipe is shown for comparison."""
@@ -92,9 +98,11 @@ class Estimator:
 
     def _seconds(self, work: Work) -> float:
         """A sequence's work on the tensor-parallel group that holds all of its tokens."""
-        gpu, precision = self.hardware, self.config.training.precision
-        peak = gpu.flops(precision)
+        gpu = self.hardware
+        peak = gpu.flops(compute_precision(self.config))
         seconds = work.matmul / (peak * gpu.matmul_efficiency)
+        if work.float8:
+            seconds += work.float8 / (gpu.flops("fp8") * gpu.matmul_efficiency)
         seconds += work.attention / (peak * gpu.attention_efficiency)
         seconds += work.traffic / (gpu.memory_gbs * 1e9 * gpu.memory_efficiency)
         return seconds / self.layout.tensor
@@ -187,12 +195,20 @@ class Estimator:
             shown_reduce -= (part.prefix_backward + part.prefix_weights) / layout.context
             shown_gather -= part.prefix_forward / layout.context
         gpu = self.hardware
+        reached = gpu.memory_gbs * 1e9 * gpu.memory_efficiency
         updated = parameters / (layout.data * layout.context) * ADAM_BYTES
-        return {
+        found = {
             "gradient reduction": max(0.0, shown_reduce),
             "parameter gathering": max(0.0, shown_gather),
-            "optimizer": updated / (gpu.memory_gbs * 1e9 * gpu.memory_efficiency),
+            "optimizer": updated / reached,
         }
+        if in_float8(self.config):
+            rounded = max(
+                static_weights(self.config, layout, count, stage == last)
+                for stage, count in enumerate(blocks)
+            )
+            found["weights to float8"] = rounded * WEIGHT_BYTES / reached
+        return found
 
     def hops(self) -> Transfers:
         """Seconds from worker to worker."""

@@ -24,7 +24,7 @@ class Hardware:
     name: str
     memory_gib: float = quantity(0.0, "GiB of memory, as the driver reports it")
     bf16_tflops: float = quantity(0.0, "peak TFLOP/s of dense bf16 matrix products")
-    fp8_tflops: float = quantity(0.0, "peak TFLOP/s of dense fp8 matrix products")
+    fp8_tflops: float = quantity(0.0, "peak TFLOP/s of dense fp8 matrix products; 0: it has none")
     fp32_tflops: float = quantity(0.0, "peak TFLOP/s in float32")
     fp64_tflops: float = quantity(0.0, "peak TFLOP/s in float64")
     memory_gbs: float = quantity(0.0, "GB/s of memory bandwidth")
@@ -73,11 +73,11 @@ def _gpu(
 
 
 # Vendor figures of the SXM boards; the network is one 400 Gb/s adapter a GPU (A100: 200 Gb/s).
-# fp64 is that of the tensor cores. The A100 has no fp8 and runs it as bf16.
+# fp64 is that of the tensor cores. The A100 has no fp8.
 _GPUS = (
     _gpu("h100", 79.6, (989, 1979, 67, 67), 3350, 450, 50),
     _gpu("h200", 140.4, (989, 1979, 67, 67), 4800, 450, 50),
-    _gpu("a100-80", 80.0, (312, 312, 19.5, 19.5), 2039, 300, 25),
+    _gpu("a100-80", 80.0, (312, 0, 19.5, 19.5), 2039, 300, 25),
     _gpu("b200", 178.0, (2250, 4500, 75, 37), 8000, 900, 50),
     # One core of a server; "links" are copies through its memory.
     dataclasses.replace(

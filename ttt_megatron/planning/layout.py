@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from ttt_megatron.config.schema import ContextOrder, MemoryPolicy, RunConfig
+from ttt_megatron.config.validate import float8_widths
+from ttt_megatron.planning.units import in_float8
 
 POLICIES: tuple[MemoryPolicy, ...] = ("recompute", "save_activations", "save_all")
 TURNS = 2
@@ -162,6 +164,8 @@ def problem(config: RunConfig, layout: Layout, gpus_per_node: int) -> str | None
             f"data = {layout.data} times micro_batch_size = {layout.micro_batch_size} does not "
             f"divide the batch of {batch} sequences"
         )
+    if in_float8(config):
+        return next(float8_widths(model, tensor), None)
     return None
 
 

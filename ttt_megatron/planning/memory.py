@@ -4,9 +4,10 @@ from dataclasses import dataclass
 
 from ttt_megatron.config.schema import RunConfig
 from ttt_megatron.planning.layout import Layout, has_inner_steps
+from ttt_megatron.planning.static_work import block_maps, matrices_in_compute, sweep_maps
 from ttt_megatron.planning.suffix_work import default_segment
 from ttt_megatron.planning.transfers import halo_layers
-from ttt_megatron.planning.units import BYTES, sizes
+from ttt_megatron.planning.units import compute_precision, element_bytes, in_float8, sizes
 
 KINDS = (
     "weights",
@@ -17,6 +18,7 @@ KINDS = (
     "halo",
     "prefix output",
     "weights in compute dtype",
+    "weights in float8",
     "fast-weight history",
     "fast weights in use",
     "keys and values",
@@ -120,7 +122,7 @@ def stage_memory(
         if keep_scores:
             held["attention scores"] = _chunk_scores(config, layout)
         shard |= _sweeps_shard(config, layout, tokens, part)
-        debt = _put_off(config, layout) * tokens * BYTES[config.training.precision]
+        debt = _put_off(config, layout) * tokens
         return StageMemory(held, shard, debt)
     shard["prefix activations"] += _plain_suffix(config, layout, tokens)
     return StageMemory(held, shard)
@@ -144,6 +146,13 @@ def stage_parameters(
     return matrices / layout.tensor + gains
 
 
+def static_weights(config: RunConfig, layout: Layout, blocks: int, last: bool) -> float:
+    """Elements of the matrices of static linear maps that a process of a stage holds."""
+    if last:
+        blocks += config.model.num_suffix_layers
+    return blocks * block_maps(config).matrices / layout.tensor
+
+
 def _master(config: RunConfig) -> int:
     return 8 if config.training.precision == "fp64" else 4
 
@@ -157,6 +166,10 @@ def _states(
         "gradients": size,
         # ZeRO-1 over all processes that hold the same weights.
         "optimizer": 2 * size / (layout.data * layout.context),
+        # Once for the output and once, transposed, for the input's gradient.
+        "weights in float8": 2 * static_weights(config, layout, blocks, last)
+        if in_float8(config)
+        else 0.0,
     }
 
 
@@ -168,11 +181,26 @@ def _split(layout: Layout, whole: float, parted: float) -> float:
 
 
 def _block(config: RunConfig, layout: Layout) -> float:
-    """Elements a token that one block saves; with sequence parallelism the inputs of the first
+    """Bytes a token that one block saves; with sequence parallelism the inputs of the first
     matrices of attention and MLP are kept gathered.
     """
     width, ffn = config.model.hidden_size, config.model.ffn_hidden_size
-    return 2 * width + _split(layout, 4 * width, 6 * width + 3 * ffn)
+    elements = 2 * width + _split(layout, 4 * width, 6 * width + 3 * ffn)
+    return elements * element_bytes(config) - _spared(config, layout, 1, 1)
+
+
+def _spared(config: RunConfig, layout: Layout, attentions: float, mlps: float) -> float:
+    """Bytes a token by which layers save less where inputs of linear maps are kept in float8.
+
+    proj's input is kept both ways: attention needs its output.
+    """
+    if not in_float8(config):
+        return 0.0
+    width, ffn, less = config.model.hidden_size, config.model.ffn_hidden_size, element_bytes(config)
+    less -= 1
+    return attentions * (width * less - width / layout.tensor) + mlps * less * (
+        width + ffn / layout.tensor
+    )
 
 
 def _kv_width(config: RunConfig) -> float:
@@ -211,7 +239,7 @@ def _cotangents(
     """What the backward pass of one prefix block has at hand."""
     width, ffn = config.model.hidden_size, config.model.ffn_hidden_size
     attention, mlp = _split(layout, 2 * width, 10 * width), _split(layout, 2 * width, 3 * ffn)
-    size = tokens * BYTES[config.training.precision]
+    size = tokens * element_bytes(config)
     if keep_scores:
         # Probabilities, their cotangents and those of the scores.
         return attention * size + 12.0 * _scores(config, layout, part)[1]
@@ -238,13 +266,13 @@ def _reading(config: RunConfig, blocks: int, last: bool) -> int:
 def _prefix(
     config: RunConfig, layout: Layout, blocks: int, last: bool, tokens: int, part: Shard
 ) -> dict[str, float]:
-    precision = config.training.precision
-    element, width = BYTES[precision], config.model.hidden_size
+    element, width = element_bytes(config), config.model.hidden_size
     block = _block(config, layout)
     entry = 1 if last and has_inner_steps(config) else 0
-    whole = (width + _split(layout, 2 * width, 6 * width)) * entry
+    whole = (width + _split(layout, 2 * width, 6 * width)) * element * entry
+    whole -= _spared(config, layout, entry, 0)
     if config.training.recompute_prefix:
-        kept = blocks * _split(layout, width, 0) + (block if blocks else 0)
+        kept = blocks * _split(layout, width, 0) * element + (block if blocks else 0)
     else:
         kept = blocks * block
     # What was received is kept also where a block's activations are not.
@@ -253,28 +281,28 @@ def _prefix(
     s = sizes(config.model)
     casts = (reading * s.attention + (reading - entry) * s.mlp) * element / layout.tensor
     return {
-        "prefix activations": (kept + whole) * tokens * element,
+        "prefix activations": (kept + whole) * tokens,
         "halo": 2 * _kv_width(config) / layout.tensor * halo * received * element,
         "prefix output": 2 * width * tokens * element if last else width * tokens * element,
         # Casts of float32 weights stay in the graph until its backward pass.
-        "weights in compute dtype": casts if precision in ("bf16", "fp8") else 0.0,
+        "weights in compute dtype": casts if _casts(config) and not in_float8(config) else 0.0,
     }
 
 
 def _plain_suffix(config: RunConfig, layout: Layout, tokens: int) -> float:
     """A suffix without inner steps saves as blocks do."""
-    model, element = config.model, BYTES[config.training.precision]
+    model, element = config.model, element_bytes(config)
     prime = model.prime_ffn_hidden_size or model.ffn_hidden_size
-    block = _block(config, layout) + _split(layout, 4 * model.hidden_size, 3 * prime)
+    block = _block(config, layout) + _split(layout, 4 * model.hidden_size, 3 * prime) * element
     layers = model.num_suffix_layers
     if config.training.recompute_prefix:
-        return (layers * _split(layout, model.hidden_size, 0) + block) * tokens * element
-    return layers * block * tokens * element
+        return (layers * _split(layout, model.hidden_size, 0) * element + block) * tokens
+    return layers * block * tokens
 
 
 def _sweeps_held(config: RunConfig, layout: Layout) -> dict[str, float]:
     """What a sweep needs whatever the sequence's length: one chunk as pairs, weights, gradients."""
-    model, s, element = config.model, sizes(config.model), BYTES[config.training.precision]
+    model, s, element = config.model, sizes(config.model), element_bytes(config)
     sequences, layers, later = (
         layout.micro_batch_size,
         model.num_suffix_layers,
@@ -282,27 +310,29 @@ def _sweeps_held(config: RunConfig, layout: Layout) -> dict[str, float]:
     )
     prime = model.prime_ffn_hidden_size or model.ffn_hidden_size
     tokens = config.inner.chunk_size * sequences
-    kept = later * _block(config, layout) + _split(
+    other = _split(
         layout,
         (4 * layers + 6) * s.width,
         (3 * prime * layers) + 3 * model.ffn_hidden_size,
     )
+    kept = later * _block(config, layout) + other * element - _spared(config, layout, 0, 1)
     fast = s.fast * sequences / layout.tensor
-    slow = (later * s.attention + layers * s.mlp + s.head) / layout.tensor
-    reduced = config.training.precision in ("bf16", "fp8")
+    slow = (sweep_maps(config).matrices + s.head) / layout.tensor
+    reduced = _casts(config)
+    cast = matrices_in_compute(config, s) / layout.tensor
     # The weights, their cotangent, the direction and the chunk's gradient; casts of the first two.
     return {
         "fast weights in use": fast * (4 * _master(config) + (2 * element if reduced else 0)),
-        "suffix activations": 2 * kept * tokens * element,
+        "suffix activations": 2 * kept * tokens,
         "slow gradients of the sweep": slow * _master(config),
-        "weights in compute dtype": slow * element if reduced else 0.0,
+        "weights in compute dtype": cast * element if reduced else 0.0,
     }
 
 
 def _sweeps_shard(config: RunConfig, layout: Layout, tokens: int, part: Shard) -> dict[str, float]:
     """What both sweeps keep of a shard: history, keys and values, products by memory policy."""
     model, inner, s = config.model, config.inner, sizes(config.model)
-    element, width = BYTES[config.training.precision], model.hidden_size
+    element, width = element_bytes(config), model.hidden_size
     sequences, later = layout.micro_batch_size, model.num_suffix_layers - 1
     chunks = tokens // sequences // inner.chunk_size
     steps = part.steps(chunks)
@@ -340,8 +370,13 @@ def _taped(config: RunConfig, layout: Layout) -> float:
     return kept
 
 
+def _casts(config: RunConfig) -> bool:
+    """Whether the compute dtype is another than that of the weights."""
+    return compute_precision(config) == "bf16"
+
+
 def _put_off(config: RunConfig, layout: Layout) -> float:
-    """Elements a token that the gradients of the suffix's static matrices and of the head are
+    """Bytes a token that the gradients of the suffix's static matrices and of the head are
     formed from: inputs and cotangents of their products, as pairs.
     """
     model, tensor = config.model, layout.tensor
@@ -349,4 +384,6 @@ def _put_off(config: RunConfig, layout: Layout) -> float:
     attention = 2 * width + (2 * width + 2 * _kv_width(config)) / tensor
     mlp = 2 * width + 3 * model.ffn_hidden_size / tensor
     head = width + (model.vocab_size or 0) / tensor
-    return 2 * ((layers - 1) * attention + layers * mlp + head)
+    element = element_bytes(config)
+    of_maps = 1 if in_float8(config) else element
+    return 2 * (((layers - 1) * attention + layers * mlp) * of_maps + head * element)

@@ -8,6 +8,7 @@ from ttt_megatron.planning.estimate import Estimate
 from ttt_megatron.planning.hardware import GIB
 from ttt_megatron.planning.memory import KINDS
 from ttt_megatron.planning.search import Plan
+from ttt_megatron.planning.units import compute_precision, in_float8
 
 Rows = list[list[str]]
 SECONDS_A_DAY = 86400
@@ -42,11 +43,14 @@ def heading(plan: Plan) -> str:
     """What is planned, on what, and the efficiencies assumed."""
     config, gpu = plan.config, plan.hardware
     training, precision = config.training, config.training.precision
+    rates = f"{gpu.flops(compute_precision(config)) / 1e12:g} TFLOP/s"
+    if in_float8(config):
+        rates += f" ({gpu.fp8_tflops:g} in float8)"
     return (
         f"{config.name}: {training.global_batch_size} sequences of "
         f"{config.data.sequence_length:,} tokens a step, {training.steps:,} steps, {precision}\n"
         f"{plan.gpus} x {gpu.name}: {gpu.memory_gib:g} GiB, of which "
-        f"{gpu.memory_bytes / GIB:.1f} usable; {gpu.flops(precision) / 1e12:g} TFLOP/s, "
+        f"{gpu.memory_bytes / GIB:.1f} usable; {rates}, "
         f"{gpu.memory_gbs:g} GB/s memory, {gpu.nvlink_gbs:g} GB/s in a node of "
         f"{gpu.gpus_per_node}, {gpu.network_gbs:g} GB/s between\n"
         f"assumed to be reached: {gpu.matmul_efficiency:.0%} of peak in matrix products, "

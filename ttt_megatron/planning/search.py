@@ -7,6 +7,7 @@ from ttt_megatron.errors import UserError
 from ttt_megatron.planning.estimate import Estimate, Estimator
 from ttt_megatron.planning.hardware import GIB, Hardware
 from ttt_megatron.planning.layout import Layout, grids, problem, recipe_layout, variants
+from ttt_megatron.planning.units import in_float8
 
 CLOSE = 1.02
 """Layouts whose steps differ by less than this factor count as equally fast."""
@@ -27,8 +28,14 @@ class Plan:
 def make_plan(config: RunConfig, hardware: Hardware, gpus: int | None = None, top: int = 5) -> Plan:
     """Plans a run on `gpus` GPUs; None takes as many as the recipe's layout has processes.
 
-    Raises UserError where the model has no vocabulary, no layout divides the GPUs, or none fits.
+    Raises UserError where the model has no vocabulary, the GPU no float8 that is asked for, no
+    layout divides the GPUs, or none fits.
     """
+    if in_float8(config) and not hardware.fp8_tflops:
+        raise UserError(
+            f"training.precision=fp8: {hardware.name} has no products in float8; set "
+            "training.precision=bf16 or take another --gpu"
+        )
     if config.model.vocab_size is None:
         raise UserError("model.vocab_size is not set; add model.vocab_size=NUMBER")
     asked = recipe_layout(config)

@@ -9,8 +9,9 @@ products of one query with one visited key.
 from dataclasses import dataclass
 
 from ttt_megatron.config.schema import RunConfig
+from ttt_megatron.planning.static_work import attention_maps, block_maps
 from ttt_megatron.planning.suffix_work import meta_suffix
-from ttt_megatron.planning.units import BYTES, Work, mean_keys, sizes
+from ttt_megatron.planning.units import Work, element_bytes, mean_keys, sizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +61,7 @@ def step_work(config: RunConfig, *, tile: int = 128, keep_scores: bool = False) 
     does (GPU kernels never store them).
     """
     model, tokens = config.model, config.data.sequence_length
-    element = BYTES[config.training.precision]
+    element = element_bytes(config)
     keys = mean_keys(tokens, model.window_size, tile)
     s = sizes(model)
     score = 2 * s.width * keys * tokens
@@ -74,35 +75,42 @@ def step_work(config: RunConfig, *, tile: int = 128, keep_scores: bool = False) 
     def move(elements: float, times: float) -> Work:
         return Work(traffic=elements * tokens * element * times)
 
-    body = s.attention + s.mlp
     again = 1 if config.training.recompute_prefix else 0
+    body, entered = block_maps(config), attention_maps(config)
+    product, of_entry = (maps.products(config, tokens, 1) for maps in (body, entered))
+    once = product + body.rounded(config, tokens, inputs=1)
+    back = product + body.rounded(config, tokens, outputs=1)
     block = (
-        linear(body, 1) + attend(2) + move(s.saved, 2),
-        linear(body, 1 + again) + attend(5 + 2 * again) + move(s.saved, 3 + 2 * again),
-        linear(body, 1),
+        once + attend(2) + move(s.saved, 2),
+        back + once * again + attend(5 + 2 * again) + move(s.saved, 3 + 2 * again),
+        product,
     )
     meta = config.inner.mode in ("meta", "first_order") and model.num_suffix_layers > 0
     if meta:
         entry = (
-            linear(s.attention, 1) + attend(2) + move(6 * s.width, 2),
-            linear(s.attention, 1) + attend(5) + move(6 * s.width, 3),
-            linear(s.attention, 1),
+            of_entry + entered.rounded(config, tokens, inputs=1) + attend(2) + move(6 * s.width, 2),
+            of_entry
+            + entered.rounded(config, tokens, outputs=1)
+            + attend(5)
+            + move(6 * s.width, 3),
+            of_entry,
         )
         sweeps = meta_suffix(config, tile, keep_scores)
         suffix = (sweeps.forward, sweeps.recompute, sweeps.backward, sweeps.weights)
     else:
         entry = (Work(), Work(), Work())
         layers = model.num_suffix_layers
-        static = (body + s.prime) * layers + s.head
+        other = s.prime * layers + s.head
         saved = (s.saved + s.saved_prime) * layers
         suffix = (
-            linear(static, 1) + attend(2 * layers) + move(saved, 2),
+            once * layers + linear(other, 1) + attend(2 * layers) + move(saved, 2),
             Work(),
-            linear(static, 1)
+            back * layers
+            + linear(other, 1)
             + attend(5 * layers)
-            + (linear(body + s.prime, 1) + attend(2)) * (again * layers)
+            + (once + linear(s.prime, 1) + attend(2)) * (again * layers)
             + move(saved, 3 + 2 * again),
-            linear(static, 1),
+            product * layers + linear(other, 1),
         )
     return StepWork(
         block_forward=block[0],

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from ttt_megatron.config.schema import MemoryPolicy, RunConfig
-from ttt_megatron.planning.units import BYTES, Sizes, Work, mean_keys, sizes
+from ttt_megatron.planning.static_work import StaticMaps, matrices_in_compute, sweep_maps
+from ttt_megatron.planning.units import Sizes, Work, element_bytes, mean_keys, sizes
 
 # Forward products that a policy spares in the reverse sweep.
 _SPARED: dict[MemoryPolicy, int] = {"recompute": 0, "save_activations": 1, "save_all": 2}
@@ -27,7 +28,9 @@ class SweepWork:
 class _Chunk:
     """Counts for one chunk of one sequence, in forward products."""
 
+    config: RunConfig
     sizes: Sizes
+    maps: StaticMaps
     tokens: int
     later: int
     keys: float
@@ -55,14 +58,26 @@ class _Chunk:
         """Passes over a sequence's fast weights."""
         return Work(traffic=self.sizes.fast * a_weight)
 
-    def slow_bytes(self, a_weight: float) -> Work:
-        """Passes over the suffix's slow weights, shared by the sequences of a micro-batch."""
-        return Work(traffic=(self.static + self.sizes.head) * a_weight * self.slow_share)
+    def slow_casts(self) -> Work:
+        """Slow weights in the compute dtype, shared by the sequences of a micro-batch."""
+        cast = matrices_in_compute(self.config, self.sizes)
+        return Work(traffic=cast * (4 + self.element) * self.slow_share)
 
-    @property
-    def static(self) -> int:
-        """Elements of the suffix's static matrices; the first attention belongs to the prefix."""
-        return self.later * self.sizes.attention + (self.later + 1) * self.sizes.mlp
+    def slow_sums(self) -> Work:
+        """Slow weights' gradients, added to their sums, shared likewise."""
+        cast = matrices_in_compute(self.config, self.sizes)
+        whole = self.maps.matrices + self.sizes.head
+        return Work(traffic=(16 * whole + self.element * cast) * self.slow_share)
+
+    def static(self, count: float) -> Work:
+        """Products with the static matrices."""
+        return self.maps.products(self.config, self.tokens, count)
+
+    def rounded(self, inputs: float, outputs: float, *, for_weights: bool) -> Work:
+        """Inputs of the static maps, and cotangents of their outputs, to float8."""
+        return self.maps.rounded(
+            self.config, self.tokens, inputs=inputs, outputs=outputs, for_weights=for_weights
+        )
 
     @property
     def still(self) -> int:
@@ -78,12 +93,14 @@ def meta_suffix(config: RunConfig, tile: int, keep_scores: bool) -> SweepWork:
     model, inner, chunk = config.model, config.inner, config.inner.chunk_size
     chunks = config.data.sequence_length // chunk
     c = _Chunk(
+        config=config,
         sizes=sizes(model),
+        maps=sweep_maps(config),
         tokens=chunk,
         later=model.num_suffix_layers - 1,
         keys=mean_keys(config.data.sequence_length, model.window_size, min(tile, chunk)),
         own_keys=mean_keys(chunk, model.window_size, tile),
-        element=BYTES[config.training.precision],
+        element=element_bytes(config),
         slow_share=1 / config.training.micro_batch_size,
     )
     scores = 0 if keep_scores else 1
@@ -108,20 +125,23 @@ def meta_suffix(config: RunConfig, tile: int, keep_scores: bool) -> SweepWork:
 
 def _forward_sweep(c: _Chunk, scores: int) -> Work:
     """Loss, inner gradient and inner step; cached keys need no gradient."""
-    work = c.linear(c.static, 2) + c.linear(c.sizes.fast, 3) + c.linear(c.still, -1)
+    work = c.static(2) + c.linear(c.sizes.fast, 3) + c.linear(c.still, -1)
+    work += c.rounded(1, 1, for_weights=False)
     work += c.linear(c.sizes.head, 2) + c.attend(4 + scores, 2) + c.move(5)
     # Casts of weights and gradient, the norm, the step.
-    return work + c.fast_bytes(24 + 2 * c.element) + c.slow_bytes(4 + c.element)
+    return work + c.fast_bytes(24 + 2 * c.element) + c.slow_casts()
 
 
 def _plain_chunk(c: _Chunk, scores: int) -> SweepWork:
     """An ordinary forward and backward pass of a chunk."""
     fast, head = c.sizes.fast, c.sizes.head
-    forward = c.linear(c.static + fast + head, 1) + c.attend(2, 0) + c.move(2)
-    backward = c.linear(c.static + head, 1) + c.linear(fast, 2) + c.attend(4 + scores, 0)
-    weights = c.linear(c.static + head, 1) + c.slow_bytes(16 + c.element)
+    forward = c.static(1) + c.linear(fast + head, 1) + c.attend(2, 0) + c.move(2)
+    backward = c.static(1) + c.linear(head, 1) + c.linear(fast, 2) + c.attend(4 + scores, 0)
+    weights = c.static(1) + c.linear(head, 1) + c.slow_sums()
+    forward += c.rounded(1, 0, for_weights=True)
+    backward += c.rounded(0, 1, for_weights=True)
     return SweepWork(
-        forward=forward + c.fast_bytes(4 + c.element) + c.slow_bytes(4 + c.element),
+        forward=forward + c.fast_bytes(4 + c.element) + c.slow_casts(),
         recompute=Work(),
         backward=backward + c.move(3) + c.fast_bytes(16 + c.element),
         weights=weights,
@@ -133,14 +153,17 @@ def _pair_chunk(c: _Chunk, scores: int, policy: MemoryPolicy) -> SweepWork:
     spared = _SPARED[policy]
     values = 1 if spared == 0 else 0
     fast, head = c.sizes.fast, c.sizes.head
-    recompute = c.linear(c.static + fast, values) + c.linear(head, 1)
+    recompute = c.static(values) + c.linear(fast, values) + c.linear(head, 1)
     recompute += c.attend(1 + values, 0) + c.move(2 * values)
-    backward = c.linear(c.static, 4 - spared - values) + c.linear(fast, 8 - spared - values)
+    recompute += c.rounded(values, 0, for_weights=True)
+    backward = c.static(4 - spared - values) + c.linear(fast, 8 - spared - values)
+    # Weights' gradients need all inputs and cotangents, whatever products the tape spares.
+    backward += c.rounded(2 - values, 2, for_weights=True)
     backward += c.linear(c.still, -3 if spared < 2 else -2) + c.linear(head, 2)
     backward += c.attend(11 - spared - values + 2 * scores, 6 if spared < 2 else 4)
     # Undoing the step, the clip's derivative, casts of weights and direction, the new cotangent.
-    backward += c.move(8) + c.fast_bytes(56 + 3 * c.element) + c.slow_bytes(4 + c.element)
-    weights = c.linear(c.static + head, 2) + c.slow_bytes(16 + c.element)
+    backward += c.move(8) + c.fast_bytes(56 + 3 * c.element) + c.slow_casts()
+    weights = c.static(2) + c.linear(head, 2) + c.slow_sums()
     return SweepWork(Work(), recompute, backward, weights)
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from ttt_megatron.config.schema import RunConfig
 from ttt_megatron.planning.hardware import Hardware
 from ttt_megatron.planning.layout import Layout, has_inner_steps
-from ttt_megatron.planning.units import BYTES, sizes
+from ttt_megatron.planning.units import element_bytes, sizes
 
 LATENCY = 10e-6
 """Seconds that starting a transfer or a collective takes."""
@@ -59,7 +59,7 @@ def tensor_traffic(config: RunConfig, layout: Layout) -> TensorTraffic:
     """
     model, n = config.model, layout.tensor
     tokens = config.data.sequence_length // layout.context * layout.micro_batch_size
-    size = tokens * model.hidden_size * BYTES[config.training.precision]
+    size = tokens * model.hidden_size * element_bytes(config)
     one = size * 2 * (n - 1) / n
     layers = model.num_suffix_layers
     if not has_inner_steps(config):
@@ -99,7 +99,7 @@ def halo_of(config: RunConfig, layout: Layout, tokens: int) -> float:
     model = config.model
     seen = min((model.window_size or config.data.sequence_length) - 1, tokens)
     kv_width = (model.num_kv_heads or model.num_heads) * (model.hidden_size // model.num_heads)
-    element = BYTES[config.training.precision]
+    element = element_bytes(config)
     return 2.0 * seen * layout.micro_batch_size * kv_width * element / layout.tensor
 
 
@@ -136,7 +136,7 @@ def boundary_bytes(config: RunConfig, layout: Layout) -> float:
     if layout.pipeline == 1:
         return 0.0
     tokens = config.data.sequence_length // layout.context * layout.micro_batch_size
-    size = float(tokens * config.model.hidden_size * BYTES[config.training.precision])
+    size = float(tokens * config.model.hidden_size * element_bytes(config))
     return size / layout.tensor if layout.sequence_parallel else size
 
 

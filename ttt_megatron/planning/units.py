@@ -3,33 +3,58 @@
 from dataclasses import dataclass
 from functools import lru_cache
 
-from ttt_megatron.config.schema import ModelConfig
+from ttt_megatron.config.schema import ModelConfig, RunConfig
 
-BYTES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp8": 1}
+_BYTES = {"fp64": 8, "fp32": 4, "bf16": 2}
+
+
+def in_float8(config: RunConfig) -> bool:
+    """Whether static linear maps multiply in float8."""
+    return config.training.precision == "fp8"
+
+
+def compute_precision(config: RunConfig) -> str:
+    """The precision of activations and of products that are not in float8."""
+    return config.fp8.compute if in_float8(config) else config.training.precision
+
+
+def element_bytes(config: RunConfig) -> int:
+    """Bytes of an element in the compute dtype."""
+    return _BYTES[compute_precision(config)]
 
 
 @dataclass(frozen=True)
 class Work:
-    """FLOPs of matrix products, FLOPs of attention, bytes moved by everything else."""
+    """FLOPs of matrix products, FLOPs of attention, bytes moved by everything else.
+
+    `float8` are the FLOPs of products in float8, which `matmul` does not hold.
+    """
 
     matmul: float = 0.0
     attention: float = 0.0
     traffic: float = 0.0
+    float8: float = 0.0
 
     def __add__(self, other: "Work") -> "Work":
         return Work(
             self.matmul + other.matmul,
             self.attention + other.attention,
             self.traffic + other.traffic,
+            self.float8 + other.float8,
         )
 
     def __mul__(self, factor: float) -> "Work":
-        return Work(self.matmul * factor, self.attention * factor, self.traffic * factor)
+        return Work(
+            self.matmul * factor,
+            self.attention * factor,
+            self.traffic * factor,
+            self.float8 * factor,
+        )
 
     @property
     def flops(self) -> float:
         """All FLOPs."""
-        return self.matmul + self.attention
+        return self.matmul + self.attention + self.float8
 
 
 @lru_cache(maxsize=256)
