@@ -91,8 +91,8 @@ def delayed_learner(make: type[DelayedScaling] = DelayedScaling, **settings) -> 
 class Restless(DelayedScaling):
     """Scales that move from tensor to tensor, not from step to step."""
 
-    def round(self, x, role):
-        rounded = super().round(x, role)
+    def round_sides(self, x, role, **sides):
+        rounded = super().round_sides(x, role, **sides)
         self.exponents += 1
         return rounded
 

@@ -6,10 +6,13 @@ from a whole tensor or from one process's part of it, from this step or from the
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ttt_kernels.triton_launch import suits_triton
 
 E4M3 = torch.float8_e4m3fn
 E5M2 = torch.float8_e5m2
@@ -20,6 +23,7 @@ ALIGNMENT = 16
 # Both largest values are 1.75 times a power of two.
 _LARGEST = {E4M3: 448.0, E5M2: 57344.0}
 _EXPONENT = {E4M3: 8, E5M2: 15}
+_MOST = 126
 _MANTISSA_BITS, _MANTISSA_OF_1_75 = 23, 0x600000
 
 
@@ -43,27 +47,15 @@ class Float8:
         """What the matrix stands for: [rows, k]."""
         return self.data.to(dtype) * self.inverse.to(dtype)
 
-    def transposed(self) -> "Float8":
-        """The transposed matrix, its rows filled up with zeros to a multiple of 16.
-
-        Raises ValueError if rows have scales of their own, which columns do not.
-        """
-        if self.inverse.dim():
-            raise ValueError("a matrix scaled by rows has to be rounded anew to be transposed")
-        rows, k = self.data.shape
-        raw = torch.empty if rows % ALIGNMENT == 0 else torch.zeros
-        data = raw(k, rows + -rows % ALIGNMENT, dtype=torch.uint8, device=self.data.device)
-        data[:, :rows].copy_(self.data.view(torch.uint8).t())
-        return Float8(data.view(self.data.dtype), self.inverse)
-
 
 def largest(x: Tensor, rowwise: bool) -> Tensor:
     """The largest absolute value of x [rows, k], float32: [], or [rows, 1]. NaN where there is one.
 
     An infinity stays one.
     """
-    found = torch.linalg.vector_norm(x, torch.inf, dim=-1 if rowwise else None, keepdim=rowwise)
-    return found.float()
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dim = -1 if rowwise else None
+    return torch.linalg.vector_norm(x, torch.inf, dim=dim, keepdim=rowwise, dtype=wide).float()
 
 
 def fitting_exponent(amax: Tensor, dtype: torch.dtype) -> Tensor:
@@ -76,7 +68,7 @@ def fitting_exponent(amax: Tensor, dtype: torch.dtype) -> Tensor:
     exponent = (bits >> _MANTISSA_BITS) - 127
     above = (bits & ((1 << _MANTISSA_BITS) - 1)) > _MANTISSA_OF_1_75
     fitting = _EXPONENT[dtype] - exponent - above.int()
-    return torch.where(amax > 0, fitting, 0).clamp(-126, 126).int()
+    return torch.where(amax > 0, fitting, 0).clamp(-_MOST, _MOST).int()
 
 
 def power_of_two(exponent: Tensor) -> Tensor:
@@ -105,6 +97,72 @@ def round_to_float8(
     # Casts and clamps make finite numbers of infinities: the scale tells of them instead.
     inverse = power_of_two(-exponent) + amax * 0
     return Float8(scaled.to(dtype).contiguous(), inverse)
+
+
+class History(NamedTuple):
+    """A scale from past steps: the power of two [] int32 (one below −126: there is none yet, and
+    the one that fits is taken), and the largest finite value of this step so far, [] float32,
+    which grows.
+    """
+
+    power: Tensor
+    pending: Tensor
+
+
+def round_sides(
+    x: Tensor,
+    dtype: torch.dtype,
+    *,
+    straight: bool = True,
+    turned: bool = False,
+    rowwise: bool = False,
+    history: History | None = None,
+) -> list[Float8]:
+    """x [rows, k] for sums over k, its transpose [k, rows] for sums over rows, as asked for.
+
+    By rows, the transpose has scales of its own. Scales that have a history are one a matrix. In
+    Triton on CUDA, but for float64.
+    """
+    if not (straight or turned):
+        return []
+    amax = largest(x, rowwise) if straight or not rowwise else x.new_empty((), dtype=torch.float32)
+    turned_amax = largest(x.t(), True) if turned and rowwise else amax
+    if suits_triton(x):
+        from ttt_kernels.fp8_linear import triton_round
+
+        found = triton_round.round_sides(
+            x,
+            dtype,
+            amax,
+            turned_amax,
+            straight=straight,
+            turned=turned,
+            by_row=rowwise,
+            power=None if history is None else history.power,
+            pending=None if history is None else history.pending,
+        )
+        return [Float8(*one) for one in found if one is not None]
+    exponent = None
+    if history is not None:
+        seen = torch.where(amax.isfinite(), amax, 0.0)
+        history.pending.copy_(torch.maximum(history.pending, seen))
+        known = history.power >= -_MOST
+        exponent = torch.where(known, history.power, fitting_exponent(amax, dtype))
+    if rowwise:
+        ways = ((straight, x, amax), (turned, x.t(), turned_amax))
+        return [round_to_float8(way, dtype, most) for wanted, way, most in ways if wanted]
+    one = round_to_float8(x, dtype, amax, exponent)
+    both = [one] if straight else []
+    return [*both, _transposed(one, x.shape[1])] if turned else both
+
+
+def _transposed(matrix: Float8, k: int) -> Float8:
+    """[k, rows] of a matrix [rows, k or more] with one scale, rows filled up with zeros."""
+    rows = matrix.data.shape[0]
+    raw = torch.empty if rows % ALIGNMENT == 0 else torch.zeros
+    data = raw(k, rows + -rows % ALIGNMENT, dtype=torch.uint8, device=matrix.data.device)
+    data[:, :rows].copy_(matrix.data.view(torch.uint8)[:, :k].t())
+    return Float8(data.view(matrix.data.dtype), matrix.inverse)
 
 
 def multiply(a: Float8, b: Float8, dtype: torch.dtype) -> Tensor:

@@ -40,32 +40,7 @@ def fp8_weight(weight: Tensor, scaling: CurrentScaling) -> Float8Weight:
             f"a float8 linear map takes weights [out, in] of multiples of {ALIGNMENT}, and this "
             f"one is {list(weight.shape)}"
         )
-    forward = scaling.round_weight(weight)
-    if scaling.rowwise:
-        return Float8Weight(forward, scaling.round_weight(weight.t()))
-    return Float8Weight(forward, forward.transposed())
-
-
-@dataclass(frozen=True)
-class _Side:
-    """A matrix [n, k] of one role: for sums over k and, if asked for, for sums over n."""
-
-    scaling: CurrentScaling
-    role: Role
-
-    def round(self, x: Tensor) -> Float8:
-        """For sums over k."""
-        return self.scaling.round(x, self.role)
-
-    def for_weight(self, x: Tensor, rounded: Float8 | None = None) -> Float8:
-        """What a weight's gradient keeps of it: scales by rows of x are none of its columns'."""
-        if self.scaling.rowwise:
-            return self.round(x.t())
-        return self.round(x) if rounded is None else rounded
-
-    def by_columns(self, kept: Float8) -> Float8:
-        """[k, n], from what `for_weight` kept."""
-        return kept if self.scaling.rowwise else kept.transposed()
+    return Float8Weight(*scaling.round_weight(weight))
 
 
 @dataclass(frozen=True)
@@ -112,12 +87,9 @@ class _Fp8Linear(torch.autograd.Function):
     ) -> Tensor:
         ctx.scaling, ctx.put_off, ctx.weight_dtype = scaling, put_off, weight.dtype
         ctx.forms_weight = ctx.needs_input_grad[1] or put_off is not None
-        rows, side = x.reshape(-1, x.shape[-1]), _Side(scaling, "input")
-        value = side.round(rows)
-        kept: tuple[Tensor, ...] = ()
-        if ctx.forms_weight:
-            of_x = side.for_weight(rows, value)
-            kept = of_x.data, of_x.inverse
+        rows = x.reshape(-1, x.shape[-1])
+        value, *turned = scaling.round_sides(rows, "input", turned=ctx.forms_weight)
+        kept = [part for of_x in turned for part in (of_x.data, of_x.inverse)]
         ctx.save_for_backward(rounded.backward.data, rounded.backward.inverse, *kept)
         return multiply(value, rounded.forward, x.dtype).view(*x.shape[:-1], weight.shape[0])
 
@@ -125,14 +97,11 @@ class _Fp8Linear(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
         data, inverse, *kept = ctx.saved_tensors
-        side = _Side(ctx.scaling, "cotangent" if ctx.forms_weight else "adjoint")
+        role: Role = "cotangent" if ctx.forms_weight else "adjoint"
         rows = cotangent.reshape(-1, cotangent.shape[-1])
-        dy = side.round(rows)
+        dy, *turned = ctx.scaling.round_sides(rows, role, turned=ctx.forms_weight)
         dx = multiply(dy, Float8(data, inverse), rows.dtype)
-        products = []
-        if ctx.forms_weight:
-            of_dy, of_x = side.for_weight(rows, dy), Float8(*kept)
-            products = [WeightProduct(side.by_columns(of_dy), side.by_columns(of_x))]
+        products = [WeightProduct(of_dy, Float8(*kept)) for of_dy in turned]
         dweight = _weight_gradient(products, ctx.weight_dtype, ctx.put_off)
         return dx.view(*cotangent.shape[:-1], -1), dweight, None, None, None
 
@@ -153,19 +122,16 @@ class _Fp8LinearPair(torch.autograd.Function):
         ctx.forms_weight = ctx.needs_input_grad[1] or put_off is not None
         out = pair.new_empty(*pair.shape[:-1], weight.shape[0])
         kept: list[Tensor] = []
-        sides = (_Side(scaling, "input"), _Side(scaling, "tangent"))
-        for half, (side, known) in enumerate(zip(sides, (primal, None), strict=True)):
-            rows, value = pair[half].reshape(-1, pair.shape[-1]), None
+        roles: tuple[Role, ...] = ("input", "tangent")
+        for half, (role, known) in enumerate(zip(roles, (primal, None), strict=True)):
+            rows = pair[half].reshape(-1, pair.shape[-1])
+            found = scaling.round_sides(rows, role, straight=known is None, turned=ctx.forms_weight)
             if known is None:
-                value = side.round(rows)
-                out[half].view(-1, weight.shape[0]).copy_(
-                    multiply(value, rounded.forward, pair.dtype)
-                )
+                product = multiply(found.pop(0), rounded.forward, pair.dtype)
+                out[half].view(-1, weight.shape[0]).copy_(product)
             else:
                 out[half].copy_(known)
-            if ctx.forms_weight:
-                of_x = side.for_weight(rows, value)
-                kept += [of_x.data, of_x.inverse]
+            kept += [part for of_x in found for part in (of_x.data, of_x.inverse)]
         backward = rounded.backward
         ctx.save_for_backward(dot_adjoint, backward.data, backward.inverse, *kept)
         return out
@@ -175,20 +141,21 @@ class _Fp8LinearPair(torch.autograd.Function):
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
         dot_adjoint, data, inverse, *kept = ctx.saved_tensors
         grad = cotangent.new_empty(*cotangent.shape[:-1], data.shape[0])
-        sides = (_Side(ctx.scaling, "cotangent"), _Side(ctx.scaling, "tangent_cotangent"))
+        roles: tuple[Role, ...] = ("cotangent", "tangent_cotangent")
         products = []
-        for half, (side, known) in enumerate(zip(sides, (None, dot_adjoint), strict=True)):
-            rows, dy = cotangent[half].reshape(-1, cotangent.shape[-1]), None
+        for half, (role, known) in enumerate(zip(roles, (None, dot_adjoint), strict=True)):
+            rows = cotangent[half].reshape(-1, cotangent.shape[-1])
+            found = ctx.scaling.round_sides(
+                rows, role, straight=known is None, turned=ctx.forms_weight
+            )
             if known is None:
-                dy = side.round(rows)
-                grad[half].view(-1, data.shape[0]).copy_(
-                    multiply(dy, Float8(data, inverse), grad.dtype)
-                )
+                product = multiply(found.pop(0), Float8(data, inverse), grad.dtype)
+                grad[half].view(-1, data.shape[0]).copy_(product)
             else:
                 grad[half].copy_(known)
-            if ctx.forms_weight:
-                of_dy, of_x = side.for_weight(rows, dy), Float8(*kept[2 * half : 2 * half + 2])
-                products.append(WeightProduct(side.by_columns(of_dy), side.by_columns(of_x)))
+            if found:
+                of_x = Float8(*kept[2 * half : 2 * half + 2])
+                products.append(WeightProduct(found[0], of_x))
         dweight = _weight_gradient(products, ctx.weight_dtype, ctx.put_off)
         return grad, dweight, None, None, None, None, None
 

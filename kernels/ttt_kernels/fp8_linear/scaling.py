@@ -13,9 +13,9 @@ from ttt_kernels.fp8_linear.float8 import (
     E4M3,
     E5M2,
     Float8,
+    History,
     fitting_exponent,
-    largest,
-    round_to_float8,
+    round_sides,
 )
 
 Role = Literal["input", "tangent", "adjoint", "cotangent", "tangent_cotangent"]
@@ -33,6 +33,7 @@ DTYPES: dict[Role, torch.dtype] = {
 }
 ROLES: tuple[Role, ...] = tuple(DTYPES)
 
+_NONE = -1000
 _HEADROOM = 1
 """Powers of two that delayed scales leave free: a step's largest value may grow by as much before
 it saturates. Of the range of either format they are a small part.
@@ -48,11 +49,18 @@ class CurrentScaling(nn.Module):
 
     def round(self, x: Tensor, role: Role) -> Float8:
         """x [rows, k] in the role's format."""
-        return round_to_float8(x, DTYPES[role], largest(x, self.rowwise))
+        [rounded] = self.round_sides(x, role)
+        return rounded
 
-    def round_weight(self, weight: Tensor) -> Float8:
-        """A weight, or its transpose, [rows, k]: always by its own values."""
-        return round_to_float8(weight, E4M3, largest(weight, self.rowwise))
+    def round_sides(
+        self, x: Tensor, role: Role, *, straight: bool = True, turned: bool = False
+    ) -> list[Float8]:
+        """The same, its transpose [k, rows], or one after the other."""
+        return round_sides(x, DTYPES[role], straight=straight, turned=turned, rowwise=self.rowwise)
+
+    def round_weight(self, weight: Tensor) -> list[Float8]:
+        """A weight [out, in] and its transpose: always by its own values."""
+        return round_sides(weight, E4M3, turned=True, rowwise=self.rowwise)
 
 
 class DelayedScaling(CurrentScaling):
@@ -64,7 +72,8 @@ class DelayedScaling(CurrentScaling):
     history.
 
     history [roles, steps], newest first, and pending [roles], what this step has seen so far, are
-    float32 (0 is nothing); exponents [roles] int32 are the scales' powers of two.
+    float32 (0 is nothing); exponents [roles] int32 are the scales' powers of two, `_NONE` where
+    there is no history.
     """
 
     history: Tensor
@@ -76,18 +85,18 @@ class DelayedScaling(CurrentScaling):
         self.register_buffer("history", torch.zeros(len(ROLES), steps), persistent=False)
         self.register_buffer("pending", torch.zeros(len(ROLES)), persistent=False)
         self.register_buffer(
-            "exponents", torch.zeros(len(ROLES), dtype=torch.int32), persistent=False
+            "exponents", torch.full((len(ROLES),), _NONE, dtype=torch.int32), persistent=False
         )
 
-    def round(self, x: Tensor, role: Role) -> Float8:
-        """x [rows, k] in the role's format; what does not fit saturates."""
-        place, dtype = ROLES.index(role), DTYPES[role]
-        amax = largest(x, False).detach()
-        seen = torch.where(amax.isfinite(), amax, 0.0)
-        self.pending[place] = torch.maximum(self.pending[place], seen)
-        known = self.history[place].amax() > 0
-        exponent = torch.where(known, self.exponents[place], fitting_exponent(amax, dtype))
-        return round_to_float8(x, dtype, amax, exponent)
+    def round_sides(
+        self, x: Tensor, role: Role, *, straight: bool = True, turned: bool = False
+    ) -> list[Float8]:
+        """As the base class; what does not fit saturates."""
+        place = ROLES.index(role)
+        history = History(self.exponents[place], self.pending[place])
+        return round_sides(
+            x.detach(), DTYPES[role], straight=straight, turned=turned, history=history
+        )
 
     def begin(self) -> None:
         """Forget what was seen since `advance`: passes that train nothing, as evaluations."""
@@ -108,5 +117,6 @@ class DelayedScaling(CurrentScaling):
         self.pending.zero_()
         amax = self.history.float().amax(dim=1)
         for place, role in enumerate(ROLES):
-            fitting = fitting_exponent(amax[place], DTYPES[role])
-            self.exponents[place].copy_((fitting - _HEADROOM).clamp(min=-126))
+            fitting = fitting_exponent(amax[place], DTYPES[role]) - _HEADROOM
+            known = fitting.clamp(min=-126)
+            self.exponents[place].copy_(torch.where(amax[place] > 0, known, _NONE))
