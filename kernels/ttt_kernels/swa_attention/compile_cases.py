@@ -1,9 +1,9 @@
-"""The attention kernels at the tiles they ship with, for bf16 and head dims 64 and 128."""
+"""The attention kernels at the tiles they ship with, for head dims 64 and 128, and some others."""
 
 from typing import Any
 
 from ttt_kernels.compile_case import CompileCase, describe
-from ttt_kernels.swa_attention import triton_tiles
+from ttt_kernels.swa_attention import triton_tiles as tiles
 from ttt_kernels.swa_attention.triton_backward import dkv_kernel, dq_kernel
 from ttt_kernels.swa_attention.triton_forward import forward_kernel
 from ttt_kernels.swa_attention.triton_pair_dkv import pair_dkv_kernel
@@ -11,64 +11,86 @@ from ttt_kernels.swa_attention.triton_pair_dq import pair_dq_kernel
 from ttt_kernels.swa_attention.triton_pair_forward import pair_forward_kernel
 
 _STATISTICS = {f"{name}_ptr": "*fp32" for name in ("lse", "mu", "gamma", "delta")}
+_BLOCK = "_block"
+_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 _CHUNK = {"HAS_PAST": True}
 _SEQUENCE = {"HAS_PAST": False}
-_PAST = {"TANGENTS": False, "KNOWN": True}
-_BOTH = {"WANT_K": True, "WANT_V": True}
 _PARTS = (
-    ("", _BOTH),
+    ("", {"WANT_K": True, "WANT_V": True}),
     ("/keys", {"WANT_K": True, "WANT_V": False}),
     ("/values", {"WANT_K": False, "WANT_V": True}),
 )
+# Kernels that walk over queries read those by descriptors, the others keys.
+_OVER_QUERIES = (tiles.DKV, tiles.PAIR_DKV_OWN, tiles.PAIR_DKV_KNOWN, tiles.PAIR_DKV_PAST)
+SPILLS: dict[str, str] = {}
+"""Why a case may spill registers, by its name."""
 
 
-def _case(name: str, kernel: Any, tile_name: str, head_dim: int, **settings: bool) -> CompileCase:
-    tile = triton_tiles.tile_of(tile_name, head_dim, 2)
-    constants = {"ROWS": tile.rows, "KEYS": tile.keys, "D": head_dim, "WIDTH": head_dim}
+def _case(
+    name: str,
+    kernel: Any,
+    tile_name: str,
+    head_dim: int,
+    settings: dict[str, bool],
+    element: str = "bf16",
+) -> CompileCase:
+    width = tiles.padded_width(head_dim)
+    tile = tiles.tile_of(tile_name, width, _BYTES[element])
+    constants = {"ROWS": tile.rows, "KEYS": tile.keys, "D": head_dim, "WIDTH": width}
+    rows = tile.rows if tile_name in _OVER_QUERIES else tile.keys
+    block = f"tensordesc<{element}[1,1,1,{rows},{width}]>"
+    blocks = {a: block for a in kernel.arg_names if a.endswith(_BLOCK)}
+    whole_name = f"{name}/{'' if element == 'bf16' else element + '/'}d{head_dim}"
     return describe(
-        f"{name}/d{head_dim}",
+        whole_name,
         kernel,
         {**constants, **settings},
-        element="bf16",
+        element=element,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-        others={**_STATISTICS, "scale": "fp32"},
+        others={**_STATISTICS, **blocks, "scale": "fp32"},
+        tensor_cores=element != "fp32",
+        spills_because=SPILLS.get(whole_name, ""),
     )
 
 
-def _pair_dkv(head_dim: int) -> list[CompileCase]:
-    tile = triton_tiles.tile_of(triton_tiles.PAIR_DKV_OWN, head_dim, 2)
-    cases = []
-    for part, wanted in _PARTS[:1] if tile.parts == 1 else _PARTS[1:]:
-        for variant, known in (("known", True), ("full", False)):
-            settings = {"TANGENTS": True, "KNOWN": known, **wanted}
-            name = f"pair_dkv_own{part}/{variant}"
-            kernel = pair_dkv_kernel
-            cases.append(_case(name, kernel, triton_tiles.PAIR_DKV_OWN, head_dim, **settings))
-    past = {**_PAST, **_BOTH}
-    name = "pair_dkv_past"
-    return [*cases, _case(name, pair_dkv_kernel, triton_tiles.PAIR_DKV_PAST, head_dim, **past)]
+def _pair_dkv(
+    name: str, tile_name: str, head_dim: int, settings: dict[str, bool]
+) -> list[CompileCase]:
+    tile = tiles.tile_of(tile_name, tiles.padded_width(head_dim), 2)
+    return [
+        _case(f"{name}{part}", pair_dkv_kernel, tile_name, head_dim, {**settings, **wanted})
+        for part, wanted in (_PARTS[:1] if tile.parts == 1 else _PARTS[1:])
+    ]
+
+
+def _of_head_dim(d: int) -> list[CompileCase]:
+    known, full = {"KNOWN": True}, {"KNOWN": False}
+    saved, alone = {"SAVED": True, **_CHUNK}, {"SAVED": False, **_CHUNK}
+    return [
+        _case("forward/chunk", forward_kernel, tiles.FORWARD, d, _CHUNK),
+        _case("forward/sequence", forward_kernel, tiles.FORWARD, d, _SEQUENCE),
+        _case("dq/chunk", dq_kernel, tiles.DQ, d, _CHUNK),
+        _case("dq/sequence", dq_kernel, tiles.DQ, d, _SEQUENCE),
+        _case("dkv", dkv_kernel, tiles.DKV, d, {}),
+        _case("pair_forward/saved", pair_forward_kernel, tiles.PAIR_FORWARD, d, saved),
+        _case("pair_forward/full", pair_forward_kernel, tiles.PAIR_FORWARD, d, alone),
+        _case("pair_dq/known", pair_dq_kernel, tiles.PAIR_DQ, d, {**known, **_CHUNK}),
+        _case("pair_dq/full", pair_dq_kernel, tiles.PAIR_DQ, d, {**full, **_CHUNK}),
+        *_pair_dkv("pair_dkv_own/known", tiles.PAIR_DKV_KNOWN, d, {"TANGENTS": True, **known}),
+        *_pair_dkv("pair_dkv_own/full", tiles.PAIR_DKV_OWN, d, {"TANGENTS": True, **full}),
+        *_pair_dkv("pair_dkv_past", tiles.PAIR_DKV_PAST, d, {"TANGENTS": False, **known}),
+    ]
 
 
 def compile_cases() -> list[CompileCase]:
     """Forward and backward of values and of pairs, over a cache and over a whole sequence."""
-    tiles = triton_tiles
-    cases = []
-    for d in (64, 128):
-        for mode, past in (("chunk", _CHUNK), ("sequence", _SEQUENCE)):
-            cases += [
-                _case(f"forward/{mode}", forward_kernel, tiles.FORWARD, d, **past),
-                _case(f"dq/{mode}", dq_kernel, tiles.DQ, d, **past),
-            ]
-        cases.append(_case("dkv", dkv_kernel, tiles.DKV, d))
-        for variant, known in (("known", True), ("full", False)):
-            saved = {**_CHUNK, "SAVED": known}
-            cases.append(
-                _case(
-                    f"pair_forward/{variant}", pair_forward_kernel, tiles.PAIR_FORWARD, d, **saved
-                )
-            )
-            settings = {**_CHUNK, "KNOWN": known}
-            cases.append(_case(f"pair_dq/{variant}", pair_dq_kernel, tiles.PAIR_DQ, d, **settings))
-        cases += _pair_dkv(d)
-    return cases
+    pair_dq = {"KNOWN": False, **_CHUNK}
+    others = [
+        _case("forward/chunk", forward_kernel, tiles.FORWARD, 80, _CHUNK),
+        _case("pair_dq/full", pair_dq_kernel, tiles.PAIR_DQ, 80, pair_dq),
+        _case("forward/chunk", forward_kernel, tiles.FORWARD, 64, _CHUNK, "fp16"),
+        _case("forward/chunk", forward_kernel, tiles.FORWARD, 64, _CHUNK, "fp32"),
+        _case("dkv", dkv_kernel, tiles.DKV, 64, {}, "fp32"),
+    ]
+    return [*_of_head_dim(64), *_of_head_dim(128), *others]

@@ -115,13 +115,12 @@ def pair_backward(
     p, dot_s, mu = kept
     gamma = torch.linalg.vecdot(e, out).unsqueeze(-1)
     delta = torch.linalg.vecdot(d_out, out) + torch.linalg.vecdot(e, dot_out)
-    delta = delta.unsqueeze(-1) - gamma * mu
-    g = torch.bmm(e, v.mT)
+    g = torch.bmm(e, v.mT).sub_(gamma)
     centred = dot_s - mu
     ds = torch.bmm(d_out, v.mT)
     ds[:, :, own:].baddbmm_(e, dot_v.mT)
-    ds.addcmul_(g, centred).addcmul_(dot_s, gamma, value=-1).sub_(delta).mul_(p)
-    ddot_s = g.sub_(gamma).mul_(p)
+    ds.addcmul_(g, centred).sub_(delta.unsqueeze(-1)).mul_(p)
+    ddot_s = g.mul_(p)
     dq = torch.bmm(ds, k).baddbmm_(ddot_s[:, :, own:], dot_k).mul_(c)
     dk = torch.bmm(ds[:, :, skip:].mT, q).baddbmm_(ddot_s[:, :, skip:].mT, dot_q).mul_(c)
     moved = centred.mul_(p)

@@ -39,47 +39,41 @@ def add_product(a, b, total):
 
 
 @triton.jit
-def narrow(x, like):
-    """float32 values in the element type of `like`, rounded to nearest.
+def narrow(x, element: tl.constexpr):
+    """float32 values in the type `element`, rounded to nearest.
 
     The interpreter cuts bits off where it converts to bfloat16: round there by hand.
     """
-    if INTERPRETED and like.dtype.element_ty == tl.bfloat16:
+    if INTERPRETED and element == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
         bits += 0x7FFF + ((bits >> 16) & 1)
         x = bits.to(tl.float32, bitcast=True)
-    return x.to(like.dtype.element_ty)
+    return x.to(element)
 
 
 @triton.jit
-def load_rows(
-    ptr,
-    start,
-    stride,
-    low,
-    high,
-    ROWS: tl.constexpr,
-    D: tl.constexpr,
-    WIDTH: tl.constexpr,
-    CHECKED: tl.constexpr,
-):
-    """Rows start … start + ROWS − 1 of a matrix of D columns, as [ROWS, WIDTH].
+def load_block(block, part, batch, head, start, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """Rows start … start + ROWS − 1 of one head of a [parts, b, n, rows, d] tensor descriptor.
 
-    Columns past D are zero; if CHECKED, so are rows outside low … high − 1.
+    Whatever lies outside the tensor is zero. Loops read their operands by descriptors: the tensor
+    memory accelerator needs no registers for addresses and masks.
+    """
+    return tl.reshape(block.load([part, batch, head, start, 0]), [ROWS, WIDTH])
+
+
+@triton.jit
+def load_rows(ptr, start, stride, high, ROWS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr):
+    """Rows start … start + ROWS − 1 of a matrix of D columns and `high` rows, as [ROWS, WIDTH].
+
+    Whatever lies outside the matrix is zero.
     """
     rows = tl.arange(0, ROWS)
     columns = tl.arange(0, WIDTH)
     pointers = ptr + tl.cast(start, tl.int64) * stride + rows[:, None] * stride + columns[None, :]
-    if CHECKED:
-        there = ((start + rows >= low) & (start + rows < high))[:, None]
-        if WIDTH != D:
-            there = there & (columns < D)[None, :]
-        tile = tl.load(pointers, mask=there, other=0.0)
-    elif WIDTH != D:
-        tile = tl.load(pointers, mask=(columns < D)[None, :], other=0.0)
-    else:
-        tile = tl.load(pointers)
-    return tile
+    there = (start + rows < high)[:, None]
+    if WIDTH != D:
+        there = there & (columns < D)[None, :]
+    return tl.load(pointers, mask=there, other=0.0)
 
 
 @triton.jit
@@ -93,7 +87,7 @@ def store_rows(
     there = (start + rows < high)[:, None]
     if WIDTH != D:
         there = there & (columns < D)[None, :]
-    tl.store(pointers, narrow(tile, ptr), mask=there)
+    tl.store(pointers, narrow(tile, ptr.dtype.element_ty), mask=there)
 
 
 @triton.jit
@@ -142,12 +136,12 @@ def past_key_tiles(row, past, window, ROWS: tl.constexpr, KEYS: tl.constexpr):
 
 
 @triton.jit
-def query_tiles(key, length, window, ROWS: tl.constexpr, KEYS: tl.constexpr):
-    """Tiles of queries that see keys at key … key + KEYS − 1: (first, full, stop, last)."""
+def query_tiles(key, end, length, window, ROWS: tl.constexpr):
+    """Tiles of queries that see keys at key … end − 1: (first, full, stop, last)."""
     first = tl.maximum(key, 0) // ROWS
-    end = tl.minimum(key + KEYS - 1 + window, length)
-    last = tl.maximum(tl.cdiv(tl.maximum(end, 0), ROWS), first)
-    full = tl.cdiv(tl.maximum(key + KEYS - 1, 0), ROWS)
+    reached = tl.minimum(end - 1 + window, length)
+    last = tl.maximum(tl.cdiv(tl.maximum(reached, 0), ROWS), first)
+    full = tl.cdiv(tl.maximum(end - 1, 0), ROWS)
     full = tl.minimum(tl.maximum(full, first), last)
     stop = tl.minimum(tl.maximum(key + window, 0), length) // ROWS
     stop = tl.minimum(tl.maximum(stop, full), last)
@@ -162,7 +156,16 @@ def partial_tile(index, first, full, stop):
 
 
 @triton.jit
-def visible(queries, keys, low, window):
-    """Whether each query sees each key, as far as keys exist from `low` on."""
-    distance = queries - keys
+def visible(row, start, low, window, ROWS: tl.constexpr, KEYS: tl.constexpr):
+    """Whether queries row … see keys start …, of which there are none before `low`."""
+    keys = start + tl.arange(0, KEYS)[None, :]
+    distance = row + tl.arange(0, ROWS)[:, None] - keys
     return (distance >= 0) & (distance < window) & (keys >= low)
+
+
+@triton.jit
+def seen_by(row, key, length, window, ROWS: tl.constexpr, KEYS: tl.constexpr):
+    """Whether keys key … are seen by queries row … length − 1: [KEYS, ROWS]."""
+    queries = row + tl.arange(0, ROWS)[None, :]
+    distance = queries - key - tl.arange(0, KEYS)[:, None]
+    return (distance >= 0) & (distance < window) & (queries < length)

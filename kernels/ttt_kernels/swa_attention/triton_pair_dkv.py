@@ -13,56 +13,52 @@ from ttt_kernels.swa_attention.triton_common import (
     LOG2E,
     add_product,
     at_head,
+    load_block,
     load_row_values,
     load_rows,
     narrow,
     partial_tile,
     product,
     query_tiles,
+    seen_by,
     store_rows,
-    visible,
 )
 
 
 @triton.jit
 def _tile(
-    dk, ddot_k, dv, ddot_v, k, dot_k, v, dot_v, q_ptr, dot_q_ptr, d_out_ptr, e_ptr,
-    lse_ptr, mu_ptr, gamma_ptr, delta_ptr, stride_q, stride_d_out, row, key, length, window, scale,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
-    PARTIAL: tl.constexpr, TANGENTS: tl.constexpr, KNOWN: tl.constexpr,
-    WANT_K: tl.constexpr, WANT_V: tl.constexpr,
+    dk, ddot_k, dv, ddot_v, k, dot_k, v, dot_v, q_block, d_out_block, batch, head,
+    lse_ptr, mu_ptr, gamma_ptr, delta_ptr, row, key, length, window, scale,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr, PARTIAL: tl.constexpr,
+    TANGENTS: tl.constexpr, KNOWN: tl.constexpr, WANT_K: tl.constexpr, WANT_V: tl.constexpr,
 ):  # fmt: skip
-    q = load_rows(q_ptr, row, stride_q, 0, length, ROWS, D, WIDTH, PARTIAL)
-    dot_q = load_rows(dot_q_ptr, row, stride_q, 0, length, ROWS, D, WIDTH, PARTIAL)
-    e = load_rows(e_ptr, row, stride_d_out, 0, length, ROWS, D, WIDTH, PARTIAL)
-    d_out = load_rows(d_out_ptr, row, stride_d_out, 0, length, ROWS, D, WIDTH, PARTIAL)
-    s = product(k, tl.trans(q)) * (scale * LOG2E)
+    q = load_block(q_block, 0, batch, head, row, ROWS, WIDTH)
+    dot_q = load_block(q_block, 1, batch, head, row, ROWS, WIDTH)
+    d_out = load_block(d_out_block, 0, batch, head, row, ROWS, WIDTH)
+    e = load_block(d_out_block, 1, batch, head, row, ROWS, WIDTH)
+    s = product(k, tl.trans(q))
     if PARTIAL:
-        queries = row + tl.arange(0, ROWS)[None, :]
-        keys = key + tl.arange(0, KEYS)[:, None]
-        seen = visible(queries, keys, key, window) & (queries < length)
-        s = tl.where(seen, s, HIDDEN)
-    p = tl.exp2(s - (load_row_values(lse_ptr, row, length, ROWS) * LOG2E)[None, :])
+        s = tl.where(seen_by(row, key, length, window, ROWS, KEYS), s, HIDDEN)
+    lse2 = load_row_values(lse_ptr, row, length, ROWS) * LOG2E
+    p = tl.exp2(s * (scale * LOG2E) - lse2[None, :])
     dot_s = product(k, tl.trans(dot_q))
     if TANGENTS:
         dot_s = add_product(dot_k, tl.trans(q), dot_s)
-    dot_s *= scale
-    centred = dot_s - load_row_values(mu_ptr, row, length, ROWS)[None, :]
+    centred = dot_s * scale - load_row_values(mu_ptr, row, length, ROWS)[None, :]
     if WANT_V:
-        dv = add_product(narrow(p, q_ptr), d_out, dv)
-        dv = add_product(narrow(p * centred, q_ptr), e, dv)
+        dv = add_product(narrow(p, q.dtype), d_out, dv)
+        dv = add_product(narrow(p * centred, q.dtype), e, dv)
         if TANGENTS and not KNOWN:
-            ddot_v = add_product(narrow(p, q_ptr), e, ddot_v)
+            ddot_v = add_product(narrow(p, q.dtype), e, ddot_v)
     if WANT_K:
-        gamma = load_row_values(gamma_ptr, row, length, ROWS)[None, :]
-        delta = load_row_values(delta_ptr, row, length, ROWS)[None, :]
-        g = product(v, tl.trans(e))
+        g = product(v, tl.trans(e)) - load_row_values(gamma_ptr, row, length, ROWS)[None, :]
         ds = product(v, tl.trans(d_out))
         if TANGENTS:
             ds = add_product(dot_v, tl.trans(e), ds)
-        ds = p * (ds + g * centred - gamma * dot_s - delta)
-        dk = add_product(narrow(ds, q_ptr), q, dk)
-        dds = narrow(p * (g - gamma), q_ptr)
+        delta = load_row_values(delta_ptr, row, length, ROWS)
+        ds = p * (ds - delta[None, :] + g * centred)
+        dk = add_product(narrow(ds, q.dtype), q, dk)
+        dds = narrow(p * g, q.dtype)
         dk = add_product(dds, dot_q, dk)
         if TANGENTS and not KNOWN:
             ddot_k = add_product(dds, q, ddot_k)
@@ -71,10 +67,9 @@ def _tile(
 
 @triton.jit
 def pair_dkv_kernel(
-    q_ptr, dot_q_ptr, k_ptr, dot_k_ptr, v_ptr, dot_v_ptr, d_out_ptr, e_ptr,
+    k_ptr, dot_k_ptr, v_ptr, dot_v_ptr, q_block, d_out_block,
     lse_ptr, mu_ptr, gamma_ptr, delta_ptr, dk_ptr, ddot_k_ptr, dv_ptr, ddot_v_ptr,
-    stride_q_b, stride_q_t, stride_q_h, stride_k_b, stride_k_t, stride_k_h,
-    stride_v_b, stride_v_t, stride_v_h, stride_d_out_b, stride_d_out_t, stride_d_out_h,
+    stride_k_b, stride_k_t, stride_k_h, stride_v_b, stride_v_t, stride_v_h,
     stride_dk_b, stride_dk_t, stride_dk_h, stride_dv_b, stride_dv_t, stride_dv_h,
     length, num_keys, offset, window, scale, repeats,
     ROWS: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
@@ -89,26 +84,22 @@ def pair_dkv_kernel(
     kv_head, batch = tl.program_id(1), tl.program_id(2)
     k_head = at_head(k_ptr, batch, kv_head, stride_k_b, stride_k_h)
     v_head = at_head(v_ptr, batch, kv_head, stride_v_b, stride_v_h)
-    k = load_rows(k_head, start, stride_k_t, 0, num_keys, KEYS, D, WIDTH, True)
-    v = load_rows(v_head, start, stride_v_t, 0, num_keys, KEYS, D, WIDTH, True)
+    k = load_rows(k_head, start, stride_k_t, num_keys, KEYS, D, WIDTH)
+    v = load_rows(v_head, start, stride_v_t, num_keys, KEYS, D, WIDTH)
     dot_k, dot_v = k, v
     if TANGENTS:
         dot_k_head = at_head(dot_k_ptr, batch, kv_head, stride_k_b, stride_k_h)
         dot_v_head = at_head(dot_v_ptr, batch, kv_head, stride_v_b, stride_v_h)
-        dot_k = load_rows(dot_k_head, start, stride_k_t, 0, num_keys, KEYS, D, WIDTH, True)
-        dot_v = load_rows(dot_v_head, start, stride_v_t, 0, num_keys, KEYS, D, WIDTH, True)
+        dot_k = load_rows(dot_k_head, start, stride_k_t, num_keys, KEYS, D, WIDTH)
+        dot_v = load_rows(dot_v_head, start, stride_v_t, num_keys, KEYS, D, WIDTH)
     dk = tl.zeros([KEYS, WIDTH], tl.float32)
     ddot_k = tl.zeros([KEYS, WIDTH], tl.float32)
     dv = tl.zeros([KEYS, WIDTH], tl.float32)
     ddot_v = tl.zeros([KEYS, WIDTH], tl.float32)
-    key = start + offset
-    first, full, stop, last = query_tiles(key, length, window, ROWS, KEYS)
+    key, end = start + offset, tl.minimum(start + KEYS, num_keys) + offset
+    first, full, stop, last = query_tiles(key, end, length, window, ROWS)
     for repeat in range(0, repeats):
         head = kv_head * repeats + repeat
-        q_head = at_head(q_ptr, batch, head, stride_q_b, stride_q_h)
-        dot_q_head = at_head(dot_q_ptr, batch, head, stride_q_b, stride_q_h)
-        d_out_head = at_head(d_out_ptr, batch, head, stride_d_out_b, stride_d_out_h)
-        e_head = at_head(e_ptr, batch, head, stride_d_out_b, stride_d_out_h)
         statistics = batch * tl.num_programs(1) * repeats + head
         lse_head = at_head(lse_ptr, statistics, 0, length, 0)
         mu_head = at_head(mu_ptr, statistics, 0, length, 0)
@@ -117,17 +108,15 @@ def pair_dkv_kernel(
         for index in range(0, full - first + last - stop):
             row = partial_tile(index, first, full, stop) * ROWS
             dk, ddot_k, dv, ddot_v = _tile(
-                dk, ddot_k, dv, ddot_v, k, dot_k, v, dot_v, q_head, dot_q_head, d_out_head,
-                e_head, lse_head, mu_head, gamma_head, delta_head, stride_q_t, stride_d_out_t,
-                row, key, length, window, scale, ROWS, KEYS, D, WIDTH,
-                True, TANGENTS, KNOWN, WANT_K, WANT_V,
+                dk, ddot_k, dv, ddot_v, k, dot_k, v, dot_v, q_block, d_out_block, batch, head,
+                lse_head, mu_head, gamma_head, delta_head, row, key, length, window, scale,
+                ROWS, KEYS, WIDTH, True, TANGENTS, KNOWN, WANT_K, WANT_V,
             )  # fmt: skip
         for tile in range(full, stop):
             dk, ddot_k, dv, ddot_v = _tile(
-                dk, ddot_k, dv, ddot_v, k, dot_k, v, dot_v, q_head, dot_q_head, d_out_head,
-                e_head, lse_head, mu_head, gamma_head, delta_head, stride_q_t, stride_d_out_t,
-                tile * ROWS, key, length, window, scale, ROWS, KEYS, D, WIDTH,
-                False, TANGENTS, KNOWN, WANT_K, WANT_V,
+                dk, ddot_k, dv, ddot_v, k, dot_k, v, dot_v, q_block, d_out_block, batch, head,
+                lse_head, mu_head, gamma_head, delta_head, tile * ROWS, key, length, window,
+                scale, ROWS, KEYS, WIDTH, False, TANGENTS, KNOWN, WANT_K, WANT_V,
             )  # fmt: skip
     if WANT_K:
         dk_head = at_head(dk_ptr, batch, kv_head, stride_dk_b, stride_dk_h)

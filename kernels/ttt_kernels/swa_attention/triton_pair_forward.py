@@ -10,6 +10,7 @@ from ttt_kernels.swa_attention.triton_common import (
     LOG2E,
     add_product,
     at_head,
+    load_block,
     load_row_values,
     load_rows,
     narrow,
@@ -25,74 +26,67 @@ from ttt_kernels.swa_attention.triton_common import (
 
 @triton.jit
 def _tile(
-    out, dot_out, total, moment, highest, q, dot_q, k_ptr, dot_k_ptr, v_ptr, dot_v_ptr,
-    stride_k, stride_v, row, start, low, high, window, scale,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
+    out, dot_out, total, moment, highest, q, dot_q, k_block, v_block, batch, head, row, start, low,
+    window, scale, ROWS: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr,
     PARTIAL: tl.constexpr, TANGENTS: tl.constexpr, SAVED: tl.constexpr,
 ):  # fmt: skip
-    k = load_rows(k_ptr, start, stride_k, low, high, KEYS, D, WIDTH, PARTIAL)
-    v = load_rows(v_ptr, start, stride_v, low, high, KEYS, D, WIDTH, PARTIAL)
-    s = product(q, tl.trans(k)) * (scale * LOG2E)
+    k = load_block(k_block, 0, batch, head, start - low, KEYS, WIDTH)
+    v = load_block(v_block, 0, batch, head, start - low, KEYS, WIDTH)
+    s = product(q, tl.trans(k))
     dot_s = product(dot_q, tl.trans(k))
     if TANGENTS:
-        dot_k = load_rows(dot_k_ptr, start, stride_k, low, high, KEYS, D, WIDTH, PARTIAL)
+        dot_k = load_block(k_block, 1, batch, head, start - low, KEYS, WIDTH)
         dot_s = add_product(q, tl.trans(dot_k), dot_s)
     if PARTIAL:
-        queries = row + tl.arange(0, ROWS)[:, None]
-        keys = start + tl.arange(0, KEYS)[None, :]
-        s = tl.where(visible(queries, keys, low, window), s, HIDDEN)
+        s = tl.where(visible(row, start, low, window, ROWS, KEYS), s, HIDDEN)
     if not SAVED:
-        higher = tl.maximum(highest, tl.max(s, 1))
+        higher = tl.maximum(highest, tl.max(s, 1) * (scale * LOG2E))
         shrink = tl.exp2(highest - higher)
         highest = higher
         total *= shrink
         moment *= shrink
         out *= shrink[:, None]
         dot_out *= shrink[:, None]
-    p = tl.exp2(s - highest[:, None])
+    p = tl.exp2(s * (scale * LOG2E) - highest[:, None])
     moved = p * (dot_s * scale)
     moment += tl.sum(moved, 1)
-    dot_out = add_product(narrow(moved, v_ptr), v, dot_out)
+    dot_out = add_product(narrow(moved, v.dtype), v, dot_out)
     if not SAVED:
         total += tl.sum(p, 1)
-        out = add_product(narrow(p, v_ptr), v, out)
+        out = add_product(narrow(p, v.dtype), v, out)
     if TANGENTS:
-        dot_v = load_rows(dot_v_ptr, start, stride_v, low, high, KEYS, D, WIDTH, PARTIAL)
-        dot_out = add_product(narrow(p, v_ptr), dot_v, dot_out)
+        dot_v = load_block(v_block, 1, batch, head, start - low, KEYS, WIDTH)
+        dot_out = add_product(narrow(p, v.dtype), dot_v, dot_out)
     return out, dot_out, total, moment, highest
 
 
 @triton.jit
 def _keys(
-    out, dot_out, total, moment, highest, q, dot_q, k_ptr, dot_k_ptr, v_ptr, dot_v_ptr,
-    stride_k, stride_v, row, origin, first, full, stop, last, low, high, window, scale,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
+    out, dot_out, total, moment, highest, q, dot_q, k_block, v_block, batch, head, row, origin,
+    first, full, stop, last, low, window, scale,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr,
     TANGENTS: tl.constexpr, SAVED: tl.constexpr,
 ):  # fmt: skip
     for index in range(0, full - first + last - stop):
         start = origin + partial_tile(index, first, full, stop) * KEYS
         out, dot_out, total, moment, highest = _tile(
-            out, dot_out, total, moment, highest, q, dot_q, k_ptr, dot_k_ptr, v_ptr, dot_v_ptr,
-            stride_k, stride_v, row, start, low, high, window, scale,
-            ROWS, KEYS, D, WIDTH, True, TANGENTS, SAVED,
+            out, dot_out, total, moment, highest, q, dot_q, k_block, v_block, batch, head, row,
+            start, low, window, scale, ROWS, KEYS, WIDTH, True, TANGENTS, SAVED,
         )  # fmt: skip
     for tile in range(full, stop):
         out, dot_out, total, moment, highest = _tile(
-            out, dot_out, total, moment, highest, q, dot_q, k_ptr, dot_k_ptr, v_ptr, dot_v_ptr,
-            stride_k, stride_v, row, origin + tile * KEYS, low, high, window, scale,
-            ROWS, KEYS, D, WIDTH, False, TANGENTS, SAVED,
+            out, dot_out, total, moment, highest, q, dot_q, k_block, v_block, batch, head, row,
+            origin + tile * KEYS, low, window, scale, ROWS, KEYS, WIDTH, False, TANGENTS, SAVED,
         )  # fmt: skip
     return out, dot_out, total, moment, highest
 
 
 @triton.jit
 def pair_forward_kernel(
-    q_ptr, dot_q_ptr, k_ptr, dot_k_ptr, v_ptr, dot_v_ptr, past_k_ptr, past_v_ptr,
+    q_ptr, dot_q_ptr, k_block, v_block, past_k_block, past_v_block,
     saved_out_ptr, out_ptr, dot_out_ptr, lse_ptr, mu_ptr,
-    stride_q_b, stride_q_t, stride_q_h, stride_k_b, stride_k_t, stride_k_h,
-    stride_v_b, stride_v_t, stride_v_h, stride_past_k_b, stride_past_k_t, stride_past_k_h,
-    stride_past_v_b, stride_past_v_t, stride_past_v_h,
-    stride_saved_b, stride_saved_t, stride_saved_h, stride_out_b, stride_out_t, stride_out_h,
+    stride_q_b, stride_q_t, stride_q_h, stride_saved_b, stride_saved_t, stride_saved_h,
+    stride_out_b, stride_out_t, stride_out_h,
     length, past, window, scale, repeats,
     ROWS: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
     HAS_PAST: tl.constexpr, SAVED: tl.constexpr,
@@ -106,8 +100,8 @@ def pair_forward_kernel(
     kv_head = head // repeats
     q_head = at_head(q_ptr, batch, head, stride_q_b, stride_q_h)
     dot_q_head = at_head(dot_q_ptr, batch, head, stride_q_b, stride_q_h)
-    q = load_rows(q_head, row, stride_q_t, 0, length, ROWS, D, WIDTH, True)
-    dot_q = load_rows(dot_q_head, row, stride_q_t, 0, length, ROWS, D, WIDTH, True)
+    q = load_rows(q_head, row, stride_q_t, length, ROWS, D, WIDTH)
+    dot_q = load_rows(dot_q_head, row, stride_q_t, length, ROWS, D, WIDTH)
     lse_head = at_head(lse_ptr, batch * tl.num_programs(1) + head, 0, length, 0)
     out = tl.zeros([ROWS, WIDTH], tl.float32)
     dot_out = tl.zeros([ROWS, WIDTH], tl.float32)
@@ -118,28 +112,19 @@ def pair_forward_kernel(
         highest = load_row_values(lse_head, row, length, ROWS) * LOG2E
     if HAS_PAST:
         origin, full, last = past_key_tiles(row, past, window, ROWS, KEYS)
-        past_k_end = at_head(past_k_ptr, batch, kv_head, stride_past_k_b, stride_past_k_h)
-        past_v_end = at_head(past_v_ptr, batch, kv_head, stride_past_v_b, stride_past_v_h)
-        past_k_end += tl.cast(past, tl.int64) * stride_past_k_t
-        past_v_end += tl.cast(past, tl.int64) * stride_past_v_t
         out, dot_out, total, moment, highest = _keys(
-            out, dot_out, total, moment, highest, q, dot_q, past_k_end, past_k_end, past_v_end,
-            past_v_end, stride_past_k_t, stride_past_v_t, row, origin, 0, full, last, last, -past,
-            0, window, scale, ROWS, KEYS, D, WIDTH, False, SAVED,
+            out, dot_out, total, moment, highest, q, dot_q, past_k_block, past_v_block, batch,
+            kv_head, row, origin, 0, full, last, last, -past, window, scale, ROWS, KEYS, WIDTH,
+            False, SAVED,
         )  # fmt: skip
     first, full, stop, last = own_key_tiles(row, length, window, ROWS, KEYS)
     out, dot_out, total, moment, highest = _keys(
-        out, dot_out, total, moment, highest, q, dot_q,
-        at_head(k_ptr, batch, kv_head, stride_k_b, stride_k_h),
-        at_head(dot_k_ptr, batch, kv_head, stride_k_b, stride_k_h),
-        at_head(v_ptr, batch, kv_head, stride_v_b, stride_v_h),
-        at_head(dot_v_ptr, batch, kv_head, stride_v_b, stride_v_h),
-        stride_k_t, stride_v_t, row, 0, first, full, stop, last, 0, length, window, scale,
-        ROWS, KEYS, D, WIDTH, True, SAVED,
+        out, dot_out, total, moment, highest, q, dot_q, k_block, v_block, batch, kv_head, row, 0,
+        first, full, stop, last, 0, window, scale, ROWS, KEYS, WIDTH, True, SAVED,
     )  # fmt: skip
     if SAVED:
         saved_head = at_head(saved_out_ptr, batch, head, stride_saved_b, stride_saved_h)
-        out = load_rows(saved_head, row, stride_saved_t, 0, length, ROWS, D, WIDTH, True)
+        out = load_rows(saved_head, row, stride_saved_t, length, ROWS, D, WIDTH)
         out = out.to(tl.float32)
     else:
         out = out / total[:, None]

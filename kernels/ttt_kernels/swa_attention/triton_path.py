@@ -1,22 +1,26 @@
 """Sliding-window attention by Triton kernels: allocation and launches.
 
-The functions mirror those of `torch_path`. Tensors are read by their strides; only one whose last
-axis is not dense is copied. Row statistics (log-sum-exp, μ, γ, δ) are [b, n, T] in float32.
+The functions mirror those of `torch_path`. Tensors are read by their strides; only one that no
+kernel could address is copied. Row statistics (log-sum-exp, μ, γ, δ) are [b, n, T] in float32.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from ttt_kernels.swa_attention import triton_tiles
 from ttt_kernels.swa_attention.triton_backward import dkv_kernel, dq_kernel
+from ttt_kernels.swa_attention.triton_blocks import dense, statistics_of, strides_of
 from ttt_kernels.swa_attention.triton_forward import forward_kernel
+from ttt_kernels.swa_attention.triton_geometry import Geometry, geometry_of
 from ttt_kernels.swa_attention.triton_pair_dkv import pair_dkv_kernel
 from ttt_kernels.swa_attention.triton_pair_dq import pair_dq_kernel
 from ttt_kernels.swa_attention.triton_pair_forward import pair_forward_kernel
 from ttt_kernels.swa_attention.triton_tiles import Tile
+from ttt_kernels.triton_launch import launch
+
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 
 
 class Rows(NamedTuple):
@@ -26,80 +30,18 @@ class Rows(NamedTuple):
     mu: Tensor
 
 
-def _dense(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+def _new(x: Tensor) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
-def _strides(*tensors: Tensor) -> list[int]:
-    """Strides of sequence, token and head, of every tensor [b, T, n, d]."""
-    return [stride for x in tensors for stride in x.stride()[-4:-1]]
+def _new_past(past_k: Tensor | None, past_v: Tensor | None, wanted: bool) -> list[Tensor]:
+    """Room for the gradients of cached keys and values; none unless wanted."""
+    return [_new(x) for x in (past_k, past_v) if x is not None and wanted]
 
 
-def _statistics(q: Tensor) -> Tensor:
-    b, t, n, _ = q.shape
-    return torch.empty(b, n, t, dtype=torch.float32, device=q.device)
-
-
-class _Geometry(NamedTuple):
-    """Lengths, window and head counts as the kernels take them; q [b, T, n, d]."""
-
-    b: int
-    length: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    width: int
-    past: int
-    window: int
-    element_size: int
-
-    @property
-    def scale(self) -> float:
-        return self.head_dim**-0.5
-
-    @property
-    def repeats(self) -> int:
-        return self.heads // self.kv_heads
-
-    def tile(self, kernel: str) -> Tile:
-        return triton_tiles.tile_of(kernel, self.width, self.element_size)
-
-    def settings(self, tile: Tile) -> dict[str, Any]:
-        return {
-            "ROWS": tile.rows,
-            "KEYS": tile.keys,
-            "D": self.head_dim,
-            "WIDTH": self.width,
-            "num_warps": tile.num_warps,
-            "num_stages": tile.num_stages,
-        }
-
-    def query_grid(self, tile: Tile) -> tuple[int, int, int]:
-        return triton.cdiv(self.length, tile.rows), self.heads, self.b
-
-    def key_grid(self, tile: Tile, num_keys: int) -> tuple[int, int, int]:
-        return triton.cdiv(num_keys, tile.keys), self.kv_heads, self.b
-
-
-def _geometry(q: Tensor, k: Tensor, past_k: Tensor | None, window: int | None) -> _Geometry:
-    b, length, heads, head_dim = q.shape[-4:]
-    past = 0 if past_k is None else past_k.shape[1]
-    return _Geometry(
-        b,
-        length,
-        heads,
-        k.shape[-2],
-        head_dim,
-        triton_tiles.padded_width(head_dim),
-        past,
-        past + length if window is None else min(window, past + length),
-        q.element_size(),
-    )
-
-
-def _on(x: Tensor) -> Any:
-    """Launches go to the current device, which need not be the tensors'."""
-    return torch.cuda.device(x.device if x.is_cuda else -1)
+def _gradients(dq: Tensor, dk: Tensor, dv: Tensor, past: list[Tensor]) -> Gradients:
+    d_past_k, d_past_v = past or (None, None)
+    return dq, dk, dv, d_past_k, d_past_v
 
 
 def forward(
@@ -111,20 +53,17 @@ def forward(
     window: int | None,
 ) -> tuple[Tensor, Tensor]:
     """(output [b, T, n, d] in q's dtype, log-sum-exp [b, n_kv, r, T, 1])."""
-    g = _geometry(q, k, past_k, window)
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = _statistics(q)
-    q, k, v = _dense(q), _dense(k), _dense(v)
-    old_k, old_v = (k, v) if past_k is None or past_v is None else (_dense(past_k), _dense(past_v))
-    tile = g.tile(triton_tiles.FORWARD)
+    g = geometry_of(q, k, past_k, window)
+    out, lse = _new(q), statistics_of(q)
     if q.numel():
-        with _on(q):
-            forward_kernel[g.query_grid(tile)](
-                q, k, v, old_k, old_v, out, lse,
-                *_strides(q, k, v, old_k, old_v, out),
-                g.length, g.past, g.window, g.scale, g.repeats,
-                HAS_PAST=g.past > 0, **g.settings(tile),
-            )  # fmt: skip
+        q, tile = dense(q), g.tile(triton_tiles.FORWARD)
+        launch(
+            forward_kernel, g.query_grid(tile),
+            q, *g.key_blocks(tile, k, v, past_k, past_v), out, lse,
+            *strides_of(q, out),
+            g.length, g.past, g.window, g.scale, g.repeats,
+            HAS_PAST=g.past > 0, **g.settings(tile),
+        )  # fmt: skip
     return out, lse.view(g.b, g.kv_heads, g.repeats, g.length, 1)
 
 
@@ -139,32 +78,30 @@ def backward(
     lse: Tensor,
     d_out: Tensor,
     want_past: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+) -> Gradients:
     """(dq, dk, dv, d past_k, d past_v); the last two None unless wanted."""
-    g = _geometry(q, k, past_k, window)
-    q, k, v, d_out = _dense(q), _dense(k), _dense(v), _dense(d_out)
-    old_k, old_v = (k, v) if past_k is None or past_v is None else (_dense(past_k), _dense(past_v))
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    delta = _statistics(q)
+    g = geometry_of(q, k, past_k, window)
+    dq, dk, dv = _new(q), _new(k), _new(v)
+    d_past = _new_past(past_k, past_v, want_past)
+    if not q.numel():
+        return _gradients(dq, dk, dv, [x.zero_() for x in d_past])
+    q, d_out, delta = dense(q), dense(d_out), statistics_of(q)
     tile = g.tile(triton_tiles.DQ)
-    with _on(q):
-        dq_kernel[g.query_grid(tile)](
-            q, k, v, old_k, old_v, out, d_out, lse, delta, dq,
-            *_strides(q, k, v, old_k, old_v, out, d_out, dq),
-            g.length, g.past, g.window, g.scale, g.repeats,
-            HAS_PAST=g.past > 0, **g.settings(tile),
-        )  # fmt: skip
-        _launch_dkv(g, q, k, v, d_out, lse, delta, dk, dv, 0)
-        if past_k is None or past_v is None or not want_past:
-            return dq, dk, dv, None, None
-        d_past_k, d_past_v = torch.empty_like(old_k), torch.empty_like(old_v)
-        if g.past:
-            _launch_dkv(g, q, old_k, old_v, d_out, lse, delta, d_past_k, d_past_v, -g.past)
-    return dq, dk, dv, d_past_k, d_past_v
+    launch(
+        dq_kernel, g.query_grid(tile),
+        q, *g.key_blocks(tile, k, v, past_k, past_v), out, d_out, lse, delta, dq,
+        *strides_of(q, out, d_out, dq),
+        g.length, g.past, g.window, g.scale, g.repeats,
+        HAS_PAST=g.past > 0, **g.settings(tile),
+    )  # fmt: skip
+    _launch_dkv(g, q, k, v, d_out, lse, delta, dk, dv, 0)
+    if past_k is not None and past_v is not None and d_past:
+        _launch_dkv(g, q, past_k, past_v, d_out, lse, delta, d_past[0], d_past[1], -g.past)
+    return _gradients(dq, dk, dv, d_past)
 
 
 def _launch_dkv(
-    g: _Geometry,
+    g: Geometry,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -176,9 +113,11 @@ def _launch_dkv(
     offset: int,
 ) -> None:
     tile = g.tile(triton_tiles.DKV)
-    dkv_kernel[g.key_grid(tile, k.shape[1])](
-        q, k, v, d_out, lse, delta, dk, dv,
-        *_strides(q, k, v, d_out, dk, dv),
+    k, v = dense(k), dense(v)
+    launch(
+        dkv_kernel, g.key_grid(tile, k.shape[1]),
+        k, v, *g.query_blocks(tile, q, d_out), lse, delta, dk, dv,
+        *strides_of(k, v, dk, dv),
         g.length, k.shape[1], offset, g.window, g.scale, g.repeats,
         **g.settings(tile),
     )  # fmt: skip
@@ -194,22 +133,21 @@ def pair_forward(
     saved: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Rows]:
     """(output and tangent [2, b, T, n, d], row statistics); saved = (output, log-sum-exp)."""
-    g = _geometry(q, k, past_k, window)
-    q, k, v = _dense(q), _dense(k), _dense(v)
-    old_k, old_v = (k, v) if past_k is None or past_v is None else (_dense(past_k), _dense(past_v))
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    mu = _statistics(q[0])
-    lse = mu.new_empty(mu.shape) if saved is None else saved[1].contiguous()
-    saved_out = out[0] if saved is None else _dense(saved[0])
+    g = geometry_of(q, k, past_k, window)
+    out, mu = _new(q), statistics_of(q[0])
+    lse = _new(mu) if saved is None else saved[1].contiguous()
+    if not q.numel():
+        return out, Rows(lse, mu)
+    q, saved_out = dense(q), out[0] if saved is None else dense(saved[0])
     tile = g.tile(triton_tiles.PAIR_FORWARD)
-    with _on(q):
-        pair_forward_kernel[g.query_grid(tile)](
-            q[0], q[1], k[0], k[1], v[0], v[1], old_k, old_v,
-            saved_out, out[0], out[1], lse, mu,
-            *_strides(q, k, v, old_k, old_v, saved_out, out),
-            g.length, g.past, g.window, g.scale, g.repeats,
-            HAS_PAST=g.past > 0, SAVED=saved is not None, **g.settings(tile),
-        )  # fmt: skip
+    launch(
+        pair_forward_kernel, g.query_grid(tile),
+        q[0], q[1], *g.key_blocks(tile, k, v, past_k, past_v),
+        saved_out, out[0], out[1], lse, mu,
+        *strides_of(q, saved_out, out),
+        g.length, g.past, g.window, g.scale, g.repeats,
+        HAS_PAST=g.past > 0, SAVED=saved is not None, **g.settings(tile),
+    )  # fmt: skip
     return out, Rows(lse, mu)
 
 
@@ -225,39 +163,38 @@ def pair_backward(
     cotangent: Tensor,
     known: tuple[Tensor, Tensor, Tensor] | None,
     want_past: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+) -> Gradients:
     """(dq, dk, dv as pairs, d past_k, d past_v); the last two None unless wanted."""
-    g = _geometry(q, k, past_k, window)
-    q, k, v, cotangent = _dense(q), _dense(k), _dense(v), _dense(cotangent)
-    old_k, old_v = (k, v) if past_k is None or past_v is None else (_dense(past_k), _dense(past_v))
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    gamma, delta = _statistics(q[0]), _statistics(q[0])
-    terms = (*rows, gamma, delta)
+    g = geometry_of(q, k, past_k, window)
+    dq, dk, dv = _new(q), _new(k), _new(v)
+    d_past = _new_past(past_k, past_v, want_past)
+    if not q.numel():
+        return _gradients(dq, dk, dv, [x.zero_() for x in d_past])
+    q, cotangent = dense(q), dense(cotangent)
+    terms = (*rows, statistics_of(q[0]), statistics_of(q[0]))
     tile = g.tile(triton_tiles.PAIR_DQ)
-    with _on(q):
-        pair_dq_kernel[g.query_grid(tile)](
-            q[0], q[1], k[0], k[1], v[0], v[1], old_k, old_v,
-            out[0], out[1], cotangent[0], cotangent[1], *terms, dq[0], dq[1],
-            *_strides(q, k, v, old_k, old_v, out, cotangent, dq),
-            g.length, g.past, g.window, g.scale, g.repeats,
-            HAS_PAST=g.past > 0, KNOWN=known is not None, **g.settings(tile),
-        )  # fmt: skip
-        tile = g.tile(triton_tiles.PAIR_DKV_OWN)
-        _launch_pair_dkv(g, tile, q, k, v, cotangent, terms, dk, dv, known is not None)
-        if known is not None:
-            for pair, tangent in zip((dq, dk, dv), known, strict=True):
-                pair[1].copy_(tangent)
-        if past_k is None or past_v is None or not want_past:
-            return dq, dk, dv, None, None
-        d_past_k, d_past_v = torch.empty_like(old_k), torch.empty_like(old_v)
-        if g.past:
-            tile = g.tile(triton_tiles.PAIR_DKV_PAST)
-            _launch_pair_dkv(g, tile, q, old_k, old_v, cotangent, terms, d_past_k, d_past_v, True)
-    return dq, dk, dv, d_past_k, d_past_v
+    launch(
+        pair_dq_kernel, g.query_grid(tile),
+        q[0], q[1], *g.key_blocks(tile, k, v, past_k, past_v),
+        out[0], out[1], cotangent[0], cotangent[1], *terms, dq[0], dq[1],
+        *strides_of(q, out, cotangent, dq),
+        g.length, g.past, g.window, g.scale, g.repeats,
+        HAS_PAST=g.past > 0, KNOWN=known is not None, **g.settings(tile),
+    )  # fmt: skip
+    kernel = triton_tiles.PAIR_DKV_OWN if known is None else triton_tiles.PAIR_DKV_KNOWN
+    _launch_pair_dkv(g, g.tile(kernel), q, k, v, cotangent, terms, dk, dv, known is not None)
+    if known is not None:
+        for pair, tangent in zip((dq, dk, dv), known, strict=True):
+            pair[1].copy_(tangent)
+    if past_k is not None and past_v is not None and d_past:
+        tile = g.tile(triton_tiles.PAIR_DKV_PAST)
+        d_k, d_v = d_past
+        _launch_pair_dkv(g, tile, q, past_k, past_v, cotangent, terms, d_k, d_v, True)
+    return _gradients(dq, dk, dv, d_past)
 
 
 def _launch_pair_dkv(
-    g: _Geometry,
+    g: Geometry,
     tile: Tile,
     q: Tensor,
     k: Tensor,
@@ -270,14 +207,16 @@ def _launch_pair_dkv(
 ) -> None:
     """k, v, dk and dv are pairs of own keys, or cached ones without tangents."""
     own = k.dim() == 5
+    k, v = dense(k), dense(v)
     halves = [(x[0], x[1]) if own else (x, x) for x in (k, v, dk, dv)]
     num_keys = k.shape[-3]
     wanted = [(True, True)] if tile.parts == 1 else [(True, False), (False, True)]
     for want_k, want_v in wanted:
-        pair_dkv_kernel[g.key_grid(tile, num_keys)](
-            q[0], q[1], *halves[0], *halves[1], cotangent[0], cotangent[1], *terms,
+        launch(
+            pair_dkv_kernel, g.key_grid(tile, num_keys),
+            *halves[0], *halves[1], *g.query_blocks(tile, q, cotangent), *terms,
             *halves[2], *halves[3],
-            *_strides(q, k, v, cotangent, dk, dv),
+            *strides_of(k, v, dk, dv),
             g.length, num_keys, 0 if own else -num_keys, g.window, g.scale, g.repeats,
             TANGENTS=own, KNOWN=known, WANT_K=want_k, WANT_V=want_v, **g.settings(tile),
         )  # fmt: skip

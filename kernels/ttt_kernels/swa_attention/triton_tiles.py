@@ -8,6 +8,7 @@ DKV = "dkv"
 PAIR_FORWARD = "pair_forward"
 PAIR_DQ = "pair_dq"
 PAIR_DKV_OWN = "pair_dkv_own"
+PAIR_DKV_KNOWN = "pair_dkv_known"
 PAIR_DKV_PAST = "pair_dkv_past"
 
 
@@ -31,14 +32,16 @@ _HALF = {
     (DQ, 64): Tile(128, 64, 8, 3),
     (DQ, 128): Tile(128, 64, 8, 2),
     (DKV, 64): Tile(64, 128, 8, 3),
-    (DKV, 128): Tile(64, 64, 4, 2),
+    (DKV, 128): Tile(32, 128, 8, 2),
     (PAIR_FORWARD, 64): Tile(128, 64, 8, 3),
     (PAIR_FORWARD, 128): Tile(128, 32, 8, 2),
     (PAIR_DQ, 64): Tile(128, 64, 8, 2),
     (PAIR_DQ, 128): Tile(128, 32, 8, 2),
     (PAIR_DKV_OWN, 64): Tile(32, 128, 8, 2),
     (PAIR_DKV_OWN, 128): Tile(32, 64, 4, 2, parts=2),
-    (PAIR_DKV_PAST, 64): Tile(64, 64, 4, 2),
+    (PAIR_DKV_KNOWN, 64): Tile(32, 128, 8, 2),
+    (PAIR_DKV_KNOWN, 128): Tile(32, 64, 4, 2, parts=2),
+    (PAIR_DKV_PAST, 64): Tile(32, 128, 8, 2),
     (PAIR_DKV_PAST, 128): Tile(32, 64, 4, 2),
 }
 
