@@ -16,8 +16,10 @@ from tests.meta.meta_case import (
     oracle_gradients,
     worst_error,
 )
+from tests.meta.test_no_sync import NoWaiting
 from ttt_kernels import CurrentScaling, DelayedScaling
 from ttt_kernels.fp8_linear.scaling import ROLES
+from ttt_megatron.meta.chunk_graph import ChunkPrograms
 from ttt_megatron.meta.learner import Learner
 from ttt_megatron.model.float8 import Float8Product, float8_layers
 
@@ -130,6 +132,40 @@ def test_delayed_scales_without_history_are_current_ones():
         worst_error(engine_gradients(first, data), engine_gradients(float8_learner(current), data))
         < 1e-12
     )
+
+
+@pytest.mark.parametrize("delayed", [False, True], ids=["current", "delayed"])
+def test_passes_that_are_programs_see_weights_and_scales_of_every_step(delayed):
+    """What a CUDA graph would repeat reads the rounded weights where they lie."""
+
+    def make(layer: torch.nn.Module) -> Float8Product:
+        return Float8Product(DelayedScaling(steps=2) if delayed else CurrentScaling())
+
+    models = [float8_learner(make) for _ in range(2)]
+    models[1].runner = ChunkPrograms()
+    for step in range(3):
+        found, expected = (engine_gradients(model, batch(seed=step)) for model in models)
+        assert worst_error(found, expected) < 1e-12
+        for model in models:
+            for layer in float8_layers(model.model).values():
+                if delayed:
+                    layer.float8.scaling.advance()
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.mul_(1.25)
+        if step == 0:
+            made = models[1].runner.made
+    assert models[1].runner.made == made > 0
+
+
+@pytest.mark.parametrize("delayed", [False, True], ids=["current", "delayed"])
+def test_the_host_reads_no_value(delayed):
+    scaling = DelayedScaling(steps=2) if delayed else CurrentScaling()
+    model = float8_learner(lambda _: Float8Product(scaling))
+    tokens, targets, mask = batch()
+    mask[:] = True
+    with NoWaiting():
+        model(tokens, targets, mask).loss.backward()
 
 
 def test_a_weight_is_rounded_once_a_pass_and_anew_after_a_change(monkeypatch):

@@ -10,6 +10,7 @@ InnerMode = Literal["meta", "first_order", "naive", "off"]
 MemoryPolicy = Literal["recompute", "save_activations", "save_all"]
 ContextOrder = Literal["1f1b", "zigzag"]
 FusedAdam = Literal["auto", "torch", "apex", "transformer_engine"]
+FusedNorm = Literal["auto", "ttt_kernels", "apex", "transformer_engine"]
 Precision = Literal["fp32", "bf16", "fp64", "fp8"]
 Float8Backend = Literal["torch", "transformer_engine", "auto"]
 Float8Recipe = Literal["current", "delayed"]
@@ -189,6 +190,12 @@ class TrainingConfig:
     )
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "Where to compute.")
     seed: int = setting(1, "Seed of the initialisation.")
+    fused_norm: FusedNorm = setting(
+        "auto",
+        "Whose RMSNorm the prefix uses: NVIDIA Apex's or TransformerEngine's, where a build has "
+        "it, or ttt_kernels'; auto takes the first to be had of TransformerEngine, Apex, "
+        "ttt_kernels. A run says which.",
+    )
     recompute_prefix: bool = setting(False, "Recompute prefix blocks in the backward pass.")
     init_from: str | None = setting(
         None, "Checkpoint or run folder whose weights start this run, with a fresh schedule."
@@ -227,7 +234,7 @@ class Float8Config:
     recipe: Float8Recipe = setting(
         "current",
         "Where scales come from. current: the tensor at hand; delayed: the largest values of past "
-        "steps, which saves a pass over it.",
+        "steps.",
     )
     scaling: Float8Scaling = setting(
         "tensor", "One scale a tensor, or one a row (token or output feature)."

@@ -108,6 +108,7 @@ class Float8Scales:
             for name, product in self._products.items()
             if isinstance(product, Float8Product) and isinstance(product.scaling, DelayedScaling)
         }
+        self._device = next(learners[0].parameters()).device
         self.history: Tensor | None = None
         if config.fp8.recipe == "delayed":
             self.history = torch.zeros(len(places), len(ROLES), config.fp8.history)
@@ -125,12 +126,12 @@ class Float8Scales:
             product.release()
         if self.history is None:
             return
-        device = next(iter(self._delayed.values())).pending.device
-        seen = torch.zeros(self.history.shape[:2], device=device)
+        # A stage may hold none of the layers, and takes part all the same.
+        seen = torch.zeros(self.history.shape[:2], device=self._device)
         for place, scaling in self._delayed.items():
             seen[place].copy_(scaling.pending)
         dist.all_reduce(seen, op=dist.ReduceOp.MAX)
-        rest = self.history[..., :-1].to(device)
+        rest = self.history[..., :-1].to(self._device)
         self._set(torch.cat((seen.unsqueeze(-1), rest), dim=-1))
 
     def _set(self, history: Tensor) -> None:
