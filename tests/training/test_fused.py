@@ -1,9 +1,5 @@
 """Whose AdamW updates: the choice, what is refused, and the update through mcore either way."""
 
-import sys
-import textwrap
-from pathlib import Path
-
 import pytest
 import torch
 from small_run import small_run
@@ -54,24 +50,6 @@ def test_auto_is_torch_on_a_cpu_and_in_float64():
     assert "float64" in str(choose_adam(OptimizerConfig(), CUDA, torch.float64))
 
 
-def _install(folder: Path, files: dict[str, str]) -> None:
-    for name, text in files.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(textwrap.dedent(text))
-
-
-@pytest.fixture
-def packages(tmp_path, monkeypatch):
-    """A folder from which packages are imported, forgotten afterwards."""
-    monkeypatch.syspath_prepend(str(tmp_path))
-    before = set(sys.modules)
-    yield tmp_path
-    for name in set(sys.modules) - before:
-        if name.split(".")[0] in ("apex", "transformer_engine"):
-            del sys.modules[name]
-
-
 APEX = {
     "apex/__init__.py": "",
     "apex/optimizers/__init__.py": "from apex.optimizers.fused_adam import FusedAdam",
@@ -81,8 +59,8 @@ APEX = {
 WEB_TOOLKIT = {"apex/__init__.py": "raise SystemExit('imported')", "apex/lib/__init__.py": ""}
 
 
-def test_nvidias_apex_is_found(packages):
-    _install(packages, APEX)
+def test_nvidias_apex_is_found(install):
+    install(APEX)
     assert find_apex().__module__ == "apex.optimizers.fused_adam"
     chosen = choose_adam(OptimizerConfig(), CUDA, torch.float32)
     assert str(chosen) == "apex (the first that is installed)"
@@ -110,9 +88,9 @@ def test_nvidias_apex_is_found(packages):
     ],
 )
 def test_one_that_is_not_to_be_had_is_refused_by_name_and_passed_over_by_auto(
-    packages, files, wanted, message
+    install, files, wanted, message
 ):
-    _install(packages, files)
+    install(files)
     with pytest.raises(UserError, match=f"optimizer.fused = {wanted}, .*{message}.*set"):
         choose_adam(OptimizerConfig(fused=wanted), CUDA, torch.float32)
     chosen = choose_adam(OptimizerConfig(), CUDA, torch.float32)

@@ -236,8 +236,15 @@ def _engine(config: RunConfig) -> Iterator[str]:
 
 
 def _fused(config: RunConfig) -> Iterator[str]:
-    """Where Apex's and TransformerEngine's AdamW cannot be asked for."""
+    """Where Apex's and TransformerEngine's AdamW and RMSNorm cannot be asked for."""
     fused, training = config.optimizer.fused, config.training
+    if training.fused_norm not in ("auto", "ttt_kernels"):
+        asked = f"training.fused_norm = {training.fused_norm}"
+        own = "set training.fused_norm = auto"
+        if training.precision == "fp64":
+            yield f"{asked} knows no float64, and training.precision = fp64; {own}"
+        if training.device == "cpu":
+            yield f"{asked} runs on CUDA alone, and training.device = cpu; {own}"
     if fused in ("auto", "torch"):
         return
     if config.optimizer.engine == "deepspeed":

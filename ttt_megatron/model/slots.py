@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+import ttt_kernels
 from ttt_megatron.model import ops
 from ttt_megatron.model.head import WHOLE_HEAD, Head
 from ttt_megatron.model.ops import Operand
@@ -42,16 +43,26 @@ class Linear(nn.Module):
         return out
 
 
+NormFunction = Callable[[Tensor, Tensor, float], Tensor]
+"""(x [..., width], gain [width], eps) → RMS-normalised [..., width], once differentiable."""
+
+
 class RMSNorm(nn.Module):
-    """RMSNorm with a gain; weight [width]."""
+    """RMSNorm with a gain; weight [width].
+
+    `fused`, where it is set, normalises instead of ttt_kernels; it takes ordinary tensors alone.
+    """
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
         self.eps = eps
+        self.fused: NormFunction | None = None
 
     def forward(self, x: Operand) -> Operand:
         """[..., width] → [..., width]."""
+        if self.fused is not None and not ttt_kernels.uses_plain_definitions():
+            return self.fused(x, self.weight, self.eps)
         return ops.rms_norm(x, self.weight, eps=self.eps)
 
 

@@ -7,6 +7,7 @@ on would stop them in the middle of a collective, or worse, train something that
 import hashlib
 import importlib.metadata
 import json
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ from ttt_megatron.config.schema import RunConfig
 from ttt_megatron.data.dataset import open_dataset
 from ttt_megatron.errors import UserError
 from ttt_megatron.parallel.meeting import Meeting, describe, in_words
+from ttt_megatron.training.fused import choose_adam
+from ttt_megatron.training.fused_norm import choose_norm
+from ttt_megatron.training.precision import compute_dtype, parameter_dtype_of
 from ttt_megatron.training.resume import flatten_config
 
 _MOST_KEYS = 5
@@ -31,10 +35,20 @@ def own_facts(config: RunConfig, device: torch.device) -> dict[str, Any]:
     """What all ranks must have in common, by the name it has in a message."""
     facts: dict[str, Any] = flatten_config(config)
     facts["kind of device"] = device.type
-    try:
-        facts["data fingerprint"] = open_dataset(config.data.path).fingerprint
-    except UserError as error:
-        facts["data fingerprint"] = f"none ({error})"
+    found: dict[str, Callable[[], object]] = {
+        "data fingerprint": lambda: open_dataset(config.data.path).fingerprint,
+        "prefix's RMSNorm": lambda: choose_norm(
+            config.training.fused_norm, device, compute_dtype(config)
+        ),
+    }
+    if config.optimizer.engine == "megatron":
+        dtype = parameter_dtype_of(config.training.precision)
+        found["AdamW"] = lambda: choose_adam(config.optimizer, device, dtype)
+    for name, find in found.items():
+        try:
+            facts[name] = str(find())
+        except UserError as error:
+            facts[name] = f"none ({error})"
     facts["ttt-megatron version"] = ttt_megatron.__version__
     for package in ("torch", "megatron-core"):
         facts[f"{package} version"] = importlib.metadata.version(package)

@@ -5,12 +5,9 @@ AdamW with `fused`. All compute the same update, up to rounding. megatron-core t
 it can import and does not say which; here the choice is made by name, checked and told.
 """
 
-import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -18,6 +15,12 @@ import torch
 
 from ttt_megatron.config.schema import FusedAdam, OptimizerConfig
 from ttt_megatron.errors import UserError
+from ttt_megatron.training.fused_packages import (
+    NotAvailableError,
+    imported,
+    require_apex,
+    require_transformer_engine,
+)
 
 
 @dataclass(frozen=True)
@@ -30,10 +33,6 @@ class Adam:
 
     def __str__(self) -> str:
         return f"{self.name} ({self.reason})"
-
-
-class NotAvailableError(Exception):
-    """Why an implementation is not to be had, in one clause."""
 
 
 def choose_adam(config: OptimizerConfig, device: torch.device, dtype: torch.dtype) -> Adam:
@@ -85,21 +84,10 @@ class TorchAdamW(torch.optim.AdamW):
 
 
 def find_apex() -> Callable[..., torch.optim.Optimizer]:
-    """The class of NVIDIA's Apex, if that is what is installed and its CUDA kernels are built.
-
-    Raises NotAvailableError. PyPI's package of the same name, a web toolkit, is not imported.
-    """
-    spec = find_spec("apex")
-    if spec is None:
-        raise NotAvailableError("no package apex is installed")
-    folders = [Path(folder) for folder in spec.submodule_search_locations or []]
-    if not any((folder / "optimizers" / "fused_adam.py").is_file() for folder in folders):
-        raise NotAvailableError(
-            f"the package apex in {folders[0] if folders else spec.origin} is not NVIDIA's (PyPI's "
-            "is a web toolkit; NVIDIA's is built from github.com/NVIDIA/apex)"
-        )
-    optimizers = _imported("apex.optimizers")
-    applier = _imported("apex.multi_tensor_apply").multi_tensor_applier
+    """The class of NVIDIA's Apex, if its CUDA kernels are built; raises NotAvailableError."""
+    require_apex("optimizers/fused_adam.py")
+    optimizers = imported("apex.optimizers")
+    applier = imported("apex.multi_tensor_apply").multi_tensor_applier
     if not applier.available:
         raise NotAvailableError("NVIDIA Apex was built without its CUDA kernels (--cuda_ext)")
     found: Callable[..., torch.optim.Optimizer] = optimizers.FusedAdam
@@ -108,21 +96,10 @@ def find_apex() -> Callable[..., torch.optim.Optimizer]:
 
 def find_transformer_engine() -> Callable[..., torch.optim.Optimizer]:
     """TransformerEngine's class; raises NotAvailableError."""
-    if find_spec("transformer_engine") is None:
-        raise NotAvailableError("no package transformer_engine is installed")
+    require_transformer_engine()
     found: Callable[..., torch.optim.Optimizer]
-    found = _imported("transformer_engine.pytorch.optimizers").FusedAdam
+    found = imported("transformer_engine.pytorch.optimizers").FusedAdam
     return found
-
-
-def _imported(module: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except Exception as error:
-        # A TransformerEngine without its compiled core raises RuntimeError, others OSError.
-        raise NotAvailableError(
-            f"{module} cannot be imported ({type(error).__name__}: {error})"
-        ) from None
 
 
 _FOUND_IN: dict[str, Callable[[], Callable[..., torch.optim.Optimizer]]] = {

@@ -20,18 +20,18 @@ from ttt_megatron.training.checkpoint_folder import (
 )
 from ttt_megatron.training.float8 import float8_backend
 from ttt_megatron.training.fused import choose_adam
-from ttt_megatron.training.precision import parameter_dtype_of
+from ttt_megatron.training.fused_norm import choose_norm
+from ttt_megatron.training.precision import compute_dtype, parameter_dtype_of
 from ttt_megatron.training.resume import refuse_changes
 
 
 def resolve_run(config: RunConfig) -> RunConfig:
     """The run with its vocabulary size taken from the data where the recipe leaves it open.
 
-    Raises UserError for an engine or a fused AdamW that is not installed, for CUDA graphs without
-    CUDA, for data that cannot be read, has no row
-    of the sequence length or no validation documents that are asked for, or needs a larger
-    vocabulary than the model has, and for a vocabulary that does not divide among the
-    tensor-parallel processes.
+    Raises UserError for an engine, a fused AdamW or RMSNorm that is not installed, for CUDA graphs
+    without CUDA, for data that cannot be read, has no row of the sequence length or no validation
+    documents that are asked for, or needs a larger vocabulary than the model has, and for a
+    vocabulary that does not divide among the tensor-parallel processes.
     """
     if config.optimizer.engine == "deepspeed" and find_spec("deepspeed") is None:
         raise UserError(
@@ -64,7 +64,7 @@ def resolve_run(config: RunConfig) -> RunConfig:
 
 
 def _refuse_what_needs_cuda(config: RunConfig) -> None:
-    """Raises UserError for CUDA graphs, or an AdamW asked for by name, that cannot be had here."""
+    """Raises UserError for what is asked for by name and cannot be had here."""
     on_cuda = config.training.device != "cpu" and torch.cuda.is_available()
     if config.training.cuda_graphs and not on_cuda:
         raise UserError(
@@ -73,6 +73,9 @@ def _refuse_what_needs_cuda(config: RunConfig) -> None:
         )
     if config.training.precision == "fp8":
         float8_backend(config)
+    if config.training.fused_norm not in ("auto", "ttt_kernels"):
+        device = torch.device("cuda" if on_cuda else "cpu")
+        choose_norm(config.training.fused_norm, device, compute_dtype(config))
     if config.optimizer.fused not in ("auto", "torch"):
         dtype = parameter_dtype_of(config.training.precision)
         choose_adam(config.optimizer, torch.device("cuda" if on_cuda else "cpu"), dtype)

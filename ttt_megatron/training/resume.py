@@ -21,6 +21,7 @@ _FREE_KEYS = frozenset(
         "optimizer.zero_stage",
         "training.micro_batch_size",
         "training.device",
+        "training.fused_norm",
         "training.recompute_prefix",
         "training.init_from",
         "training.output",

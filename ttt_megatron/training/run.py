@@ -31,7 +31,9 @@ from ttt_megatron.training.checkpoint import RunParts, load_checkpoint
 from ttt_megatron.training.checkpoint_folder import CHECKPOINTS, read_config, sweep
 from ttt_megatron.training.engines import build_engine
 from ttt_megatron.training.float8 import float8_scales
+from ttt_megatron.training.fused_norm import choose_norm
 from ttt_megatron.training.initial_weights import start_from
+from ttt_megatron.training.precision import compute_dtype
 from ttt_megatron.training.preflight import find_resumable
 from ttt_megatron.training.result import TrainingResult
 from ttt_megatron.training.resume import refuse_changes
@@ -105,8 +107,10 @@ def build_trainer(config: RunConfig, groups: Groups, fresh: bool = False) -> Tra
     _seed(training.seed)
     slots = layer_slots(config.model, config.parallel)
     learners = [build_learner(config, slots, stage) for stage in own_stages(config, groups)]
-    if training.cuda_graphs:
-        for learner in learners:
+    norm = choose_norm(training.fused_norm, groups.device, compute_dtype(config))
+    for learner in learners:
+        norm.install(learner.model)
+        if training.cuda_graphs:
             learner.runner = ChunkPrograms()
     if checkpoint is None and training.init_from is not None:
         start_from(learners, training.init_from, groups)
@@ -117,6 +121,7 @@ def build_trainer(config: RunConfig, groups: Groups, fresh: bool = False) -> Tra
         parts=RunParts(engine=build_engine(learners, config, groups), groups=groups),
         stream=stream,
         float8=float8_scales(learners, config),
+        norm=str(norm),
         callbacks=build_callbacks(config, groups),
     )
     if checkpoint is not None:

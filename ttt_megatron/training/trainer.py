@@ -52,6 +52,8 @@ class Trainer:
     config: RunConfig
     parts: RunParts
     stream: TokenStream
+    norm: str
+    """Whose RMSNorm the prefix uses, and why."""
     float8: Float8Scales | None = None
     callbacks: Sequence[Callback] = ()
     progress: Progress = field(default_factory=Progress)
@@ -153,10 +155,14 @@ class Trainer:
 
     @property
     def implementations(self) -> dict[str, str]:
-        """Whose kernels and whose AdamW this run computes with, and why."""
+        """Whose kernels, RMSNorm and AdamW this run computes with, and why."""
         dtype = parameter_dtype_of(self.config.training.precision)
         kernels = ttt_kernels.backend(self.parts.groups.device, dtype)
-        return {"kernels": str(kernels), "AdamW": self.parts.engine.adam}
+        return {
+            "kernels": str(kernels),
+            "prefix RMSNorm": self.norm,
+            "AdamW": self.parts.engine.adam,
+        }
 
     @property
     def finished(self) -> bool:
