@@ -284,11 +284,6 @@ def _graphs(config: RunConfig) -> Iterator[str]:
             f"{asked}, and parallel.context_order = zigzag has the host queue weights' gradients "
             f"within them; set context_order=1f1b, or {off}"
         )
-    if config.training.precision == "fp8":
-        yield (
-            f"{asked}, and with training.precision = fp8 they reuse weights made float8 outside, "
-            f"which a graph would not read anew; set precision=bf16, or {off}"
-        )
 
 
 def _batch(training: TrainingConfig, data_parallel: int) -> Iterator[str]:
@@ -417,6 +412,8 @@ def transformer_engine_lacks(config: RunConfig) -> str | None:
         return "runs on CUDA alone, and training.device = cpu"
     if config.fp8.scaling == "row":
         return "has no scales by rows, and fp8.scaling = row"
+    if config.training.cuda_graphs:
+        return "rounds weights call by call, which training.cuda_graphs = true would not repeat"
     if config.fp8.recipe == "delayed":
         return (
             "moves its scales within a step, so that a recomputed chunk would not be what it was, "
