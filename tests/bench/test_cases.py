@@ -3,19 +3,20 @@
 import pytest
 import torch
 
+import ttt_kernels
 from ttt_kernels.swa_attention.reference import swa_attention_reference
 from ttt_kernels.work import Work
 from ttt_megatron.bench import models
 from ttt_megatron.bench.attention_cases import attention_groups
 from ttt_megatron.bench.attention_shape import AttentionShape
-from ttt_megatron.bench.baselines import sdpa_math
+from ttt_megatron.bench.baselines import full_attention_by_sdpa, sdpa_math
 from ttt_megatron.bench.ceilings import Ceilings
 from ttt_megatron.bench.fast_weight_cases import product_group, step_group
 from ttt_megatron.bench.head_cases import head_group
 from ttt_megatron.bench.inner_cases import READ, REVERSE, STEP, inner_group
 from ttt_megatron.bench.latency_cases import DECODE, PREFILL, latency_group
 from ttt_megatron.bench.latency_cases import STEP as STEPPED
-from ttt_megatron.bench.meta_cases import PLAIN, meta_group
+from ttt_megatron.bench.meta_cases import FULL_BY_SDPA, PLAIN, meta_group
 from ttt_megatron.bench.models import E2E, FULL, SWA, Size
 from ttt_megatron.bench.prefix_cases import prefix_group
 from ttt_megatron.bench.row_cases import row_groups
@@ -78,6 +79,18 @@ def test_the_double_backward_baseline_is_attention():
     )
 
 
+def test_full_attention_by_sdpa_is_full_attention():
+    q, k = (torch.randn(1, 8, n, 8, dtype=torch.float64) for n in (4, 2))
+    ours = ttt_kernels.swa_attention(q, k, k, None)
+    with full_attention_by_sdpa():
+        theirs = ttt_kernels.swa_attention(q, k, k, None)
+        with pytest.raises(ValueError, match="neither windows nor cached keys"):
+            ttt_kernels.swa_attention(q, k, k, 4)
+    assert not torch.equal(ours, theirs)
+    assert torch.allclose(ours, theirs, atol=1e-12)
+    assert torch.equal(ttt_kernels.swa_attention(q, k, k, None), ours)
+
+
 def test_other_kernels_are_measured():
     groups = [head_group(8, 40, 16, "fp32", CPU, 2), *row_groups(8, 16, 24, 2, "fp32", CPU, 2)]
     groups += [step_group(2, 16, 24, "fp32", CPU, 2), product_group(8, 16, 24, "bf16", CPU, 2)]
@@ -100,7 +113,7 @@ def test_a_chunk_is_stepped_and_stepped_back_over():
 def test_steps_of_all_models_are_measured():
     found = measured(meta_group(SIZE, 32, "fp32", CPU, 1, FLAT, 1e12))
     names = [name for name, _ in found]
-    assert names == [E2E, f"{E2E}, save_all", PLAIN, SWA, FULL]
+    assert names == [E2E, f"{E2E}, save_all", PLAIN, SWA, FULL, FULL_BY_SDPA]
     e2e, plain = found[E2E, "ttt_kernels"], found[PLAIN, "ttt_kernels"]
     # Attention's backward pass forms the scores again, which a model's FLOPs leave out.
     assert e2e.flops > plain.flops == pytest.approx(plain.model_flops, rel=0.05)

@@ -67,6 +67,17 @@ def test_groups_after_the_budget_are_skipped():
     assert [r.status for r in results] == ["skipped", "skipped"]
 
 
+def test_cases_after_the_budget_are_skipped():
+    one = runner(budget=60)
+
+    def use_up(_):
+        one._budget = 0.0
+
+    found = one.measure(group(Case(name="a", run=use_up), Case(name="b", run=refuse)))
+    assert [r.status for r in found] == ["measured", "skipped"]
+    assert len(found[0].seconds) == 3
+
+
 def test_prepared_states_are_used_once():
     """What cannot be run twice, like a backward pass, is prepared for every run."""
     fresh = []

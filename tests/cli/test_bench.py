@@ -28,7 +28,14 @@ def test_a_report_is_printed_and_written(recipe, tmp_path, capsys):
     arguments += ["--repeats", "1", "--step-repeats", "1", "--output", str(output)]
     assert main(arguments) == 0
     printed = capsys.readouterr()
-    for words in ("pair backward", "Inner step", "Meta step", "Latency", "mini, 16 tokens"):
+    for words in (
+        "pair backward",
+        "Inner step",
+        "Meta step",
+        "Latency",
+        "mini, 16 tokens",
+        "cases: ",
+    ):
         assert words in printed.out
     assert "s left)" in printed.err
     written = json.loads((output / "bench.json").read_text())

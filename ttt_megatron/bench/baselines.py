@@ -1,6 +1,7 @@
 """What PyTorch has of its own, called as its users would."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
+import ttt_kernels
 from ttt_kernels.swa_attention.reference import swa_attention_reference
 from ttt_megatron.bench.attention_shape import AttentionShape
 
@@ -103,3 +105,28 @@ def first_order(
         found["SDPA"] = sdpa(None)
         found["torch.compile"] = ON_CPU
     return found
+
+
+@contextmanager
+def full_attention_by_sdpa() -> Iterator[None]:
+    """Within this context models attend by whichever backend of SDPA PyTorch chooses.
+
+    Only models whose attention is full, read at once: another one's raises ValueError.
+    """
+
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, window: int | None, past_k: Any = None, past_v: Any = None
+    ) -> Tensor:
+        if past_k is not None or (window is not None and window < q.shape[1]):
+            raise ValueError("SDPA's fast backends know neither windows nor cached keys")
+        heads = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        grouped = q.shape[2] != k.shape[2]
+        out = F.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=grouped)
+        return out.transpose(1, 2)
+
+    ours = ttt_kernels.swa_attention
+    ttt_kernels.swa_attention = attend
+    try:
+        yield
+    finally:
+        ttt_kernels.swa_attention = ours

@@ -1,12 +1,13 @@
 """One meta step, forwards and backwards, beside plain steps of models of the same size."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
 from ttt_kernels.work import Work
-from ttt_megatron.bench import models
+from ttt_megatron.bench import baselines, models
 from ttt_megatron.bench.case import Case, Group, Missing
 from ttt_megatron.bench.ceilings import Ceilings
 from ttt_megatron.bench.models import E2E, FULL, SWA, Size
@@ -17,9 +18,11 @@ from ttt_megatron.training.flops import model_flops_per_token
 
 PLAIN = "same model, no inner steps"
 GRAPHS = "CUDA graphs"
+FULL_BY_SDPA = f"{FULL}, SDPA"
 OPERATION = "step"
 # What of a ceiling steps are guessed to reach, for the time that is left.
 _SHARE = 0.25
+_Context = Callable[[], AbstractContextManager[None]]
 
 
 def meta_group(
@@ -105,6 +108,8 @@ def _choose(
         if replayable(config=base, device=device):
             more |= {f"{name}, {GRAPHS}": c for name, c in more.items()}
         fitting = more | fitting
+    if FULL in fitting:
+        fitting[FULL_BY_SDPA] = fitting[FULL]
     return fitting, missing
 
 
@@ -135,8 +140,13 @@ def _cases(chosen: dict[str, RunConfig], device: torch.device) -> Iterator[Case]
         weights = sum(p.nbytes for p in learner.parameters())
         total = step_work(config, tile=1).total
 
-        def run(_: Any, learner: Learner = learner) -> None:
-            learner(*batch).loss.backward()
+        attention: _Context = (
+            baselines.full_attention_by_sdpa if name == FULL_BY_SDPA else nullcontext
+        )
+
+        def run(_: Any, learner: Learner = learner, within: _Context = attention) -> None:
+            with within():
+                learner(*batch).loss.backward()
             # Gone at once: the other models' steps need the room.
             learner.zero_grad(set_to_none=True)
 

@@ -158,9 +158,6 @@ def step_bytes(config: RunConfig, device: torch.device) -> float:
 
 
 def _memory(config: RunConfig, device: torch.device) -> dict[str, float]:
-    # With products in float8 what is kept is still mostly in the compute dtype.
-    if config.training.precision == "fp8":
-        config = replace(config, training=replace(config.training, precision=config.fp8.compute))
     return rank_memory(config, Layout(), on_cpu=device.type == "cpu")[0]
 
 

@@ -15,13 +15,14 @@ from ttt_megatron.bench.results import MEASURED, Result
 _FEWEST_ROUNDS = 3
 # Seconds a group takes besides its runs, and seconds of guesses that are believed as they stand.
 _OVERHEAD, _TRUST = 3.0, 15.0
+_TOO_LATE = "the time budget is used up"
 
 
 class Runner:
     """Measures groups on a device.
 
-    budget: seconds for everything; groups that begin after it are skipped, and rounds that would
-    end after it are left out down to three.
+    budget: seconds for everything; groups and cases that begin after it are skipped, and rounds
+    that would are left out down to three.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class Runner:
     def measure(self, group: Group) -> list[Result]:
         """A result for every case of the group, whatever becomes of it."""
         if self.left <= 0:
-            return [_whole(group, "skipped", "the time budget is used up")]
+            return [_whole(group, "skipped", _TOO_LATE)]
         there = available_bytes(self.device)
         if group.memory_bytes > there:
             reason = f"needs {_gib(group.memory_bytes)}, {_gib(there)} are free (estimated)"
@@ -87,7 +88,9 @@ class Runner:
         for case in group.build():
             result = _result(group, case)
             results.append(result)
-            if isinstance(case, Case):
+            if isinstance(case, Case) and self.left <= 0:
+                result.status, result.reason = "skipped", _TOO_LATE
+            elif isinstance(case, Case):
                 ready = self._ready(clock, case, result)
                 if ready is not None:
                     timed.append((ready, result))

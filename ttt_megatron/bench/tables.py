@@ -236,10 +236,11 @@ def as_markdown(report: Report) -> str:
 
 LEGEND = (
     "Medians; the spread is half the distance of the quartiles. Of floor: the time that the least "
-    "FLOPs and bytes need at the ceilings, over the median. MFU counts a plain step's FLOPs of the "
-    "same model; fp8 is held against bf16's rates. "
-    f'Plain is the "{meta_cases.PLAIN}", its prime MLPs ordinary layers; SWA and full attention '
-    "have none, and MLPs wider by about as many parameters. Peak memory is that of tensors, with "
-    "weights and gradients and without an optimizer. A mean token has its share of the step that "
-    "follows every chunk."
+    "FLOPs and bytes need at the ceilings, over the median; on a CPU small tensors stay in its "
+    "caches, which are quicker than the memory that floors count with. MFU counts a plain step's "
+    "FLOPs of the same model; fp8 is held against bf16's rates. Plain is the "
+    f'"{meta_cases.PLAIN}", its prime MLPs ordinary layers; SWA and full attention have none, and '
+    "MLPs wider by about as many parameters; SDPA is PyTorch's attention in place of ours. Peak "
+    "memory is that of tensors, with weights and gradients and without an optimizer. A mean token "
+    "has its share of the step that follows every chunk."
 )

@@ -1,6 +1,7 @@
 """`ttt-megatron bench`: how fast kernels, inner steps, meta steps and sessions run here."""
 
 import argparse
+from collections import Counter
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -94,6 +95,8 @@ def run(args: argparse.Namespace) -> int:
     failed = failures(report)
     for one in failed:
         print(f"FAILED: {one.operation}, {one.name}: {one.reason}")
+    found = Counter(one.status for one in report.results)
+    print("cases: " + ", ".join(f"{number} {status}" for status, number in found.items()))
     return 1 if failed else 0
 
 
