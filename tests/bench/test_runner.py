@@ -60,6 +60,14 @@ def test_groups_that_do_not_fit_are_not_built():
     assert "GiB are free" in found.reason
 
 
+def test_groups_that_cannot_be_built_are_told_of():
+    def build():
+        raise ValueError("no such shape")
+
+    [found] = runner().measure(group(build=build))
+    assert (found.status, found.reason) == ("failed", "ValueError: no such shape")
+
+
 def test_groups_after_the_budget_are_skipped():
     results = []
     late = runner(budget=1e-9)

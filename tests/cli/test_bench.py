@@ -76,3 +76,13 @@ def test_what_cannot_be_measured_is_said(arguments, message, capsys, monkeypatch
     error = capsys.readouterr().err
     assert message in error
     assert len(error.strip().splitlines()) == 1
+
+
+def test_a_gpu_without_float8_is_refused_before_anything_runs(capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda *_: (8, 0))
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda *_: "an older GPU")
+    assert main(["bench", "--device", "cuda", "--small", "--precision", "bf16", "fp8"]) == 2
+    error = capsys.readouterr().err
+    assert "fp8" in error
+    assert len(error.strip().splitlines()) == 1

@@ -14,6 +14,7 @@ from ttt_megatron.bench.models import E2E, FULL, SWA, Size
 from ttt_megatron.config.schema import RunConfig
 from ttt_megatron.meta.learner import Learner
 from ttt_megatron.planning.step_work import step_work
+from ttt_megatron.training.float8 import float8_backend
 from ttt_megatron.training.flops import model_flops_per_token
 
 PLAIN = "same model, no inner steps"
@@ -114,8 +115,12 @@ def _choose(
 
 
 def replayable(config: RunConfig, device: torch.device) -> bool:
-    """Whether passes over chunks can be CUDA graphs: not where they reuse weights made float8."""
-    return device.type == "cuda" and config.training.precision != "fp8"
+    """Whether passes over chunks can be CUDA graphs: not with TransformerEngine's products."""
+    if device.type != "cuda":
+        return False
+    if config.training.precision != "fp8":
+        return True
+    return float8_backend(models.on(config, device)) == "torch"
 
 
 def _settings(config: RunConfig) -> str:

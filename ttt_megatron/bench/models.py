@@ -4,6 +4,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,6 +16,7 @@ from ttt_megatron.meta.learner import Learner
 from ttt_megatron.meta.passes import DIRECT
 from ttt_megatron.planning.layout import Layout
 from ttt_megatron.planning.rank_memory import rank_memory
+from ttt_megatron.training.float8 import float8_products
 from ttt_megatron.training.weights import build_learner
 
 E2E, SWA, FULL = "TTT-E2E", "SWA", "full attention"
@@ -161,9 +163,15 @@ def _memory(config: RunConfig, device: torch.device) -> dict[str, float]:
     return rank_memory(config, Layout(), on_cpu=device.type == "cpu")[0]
 
 
+def on(config: RunConfig, device: torch.device) -> RunConfig:
+    """The same on this kind of device, which products in float8 ask for."""
+    kind: Any = device.type
+    return replace(config, training=replace(config.training, device=kind))
+
+
 def make(config: RunConfig, device: torch.device) -> Learner:
     """A fresh learner on the device."""
-    return build_learner(config).to(device)
+    return build_learner(on(config, device)).to(device)
 
 
 def sharing(learner: Learner, config: RunConfig, *, graphs: bool = False) -> Learner:
@@ -178,12 +186,14 @@ def sharing(learner: Learner, config: RunConfig, *, graphs: bool = False) -> Lea
     return twin
 
 
-def check_length(size: Size, length: int, precision: Precision) -> None:
-    """UserError unless whole chunks make a sequence of this length."""
+def check_length(size: Size, length: int, precision: Precision, device: torch.device) -> None:
+    """UserError unless whole chunks make a sequence of this length, and the device has float8."""
     chunk = size.config.inner.chunk_size
     if length < chunk or length % chunk:
         raise UserError(
             f"--lengths {length}: it is no multiple of the {chunk} tokens of a chunk of "
             f"{size.name}; choose one"
         )
-    validate(size.at(length, precision), f"{size.name} at {length} tokens")
+    config = on(size.at(length, precision), device)
+    validate(config, f"{size.name} at {length} tokens")
+    float8_products(config)

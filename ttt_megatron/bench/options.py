@@ -78,7 +78,7 @@ def make_options(
     for size in chosen:
         for length in wanted:
             for one in precisions:
-                models.check_length(size, length, one)
+                models.check_length(size, length, one, on)
     folder = None if output is None else Path(output)
     if folder is not None and folder.exists() and not folder.is_dir():
         raise UserError(f"--output {folder}: that is a file; give a folder")

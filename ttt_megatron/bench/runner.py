@@ -78,6 +78,10 @@ class Runner:
             results = self._measure(group)
         except torch.OutOfMemoryError as error:
             results = [_whole(group, "out of memory", _first_line(error))]
+        except Exception as error:
+            # What cannot even be built is told of, and the rest goes on.
+            reason = f"{type(error).__name__}: {_first_line(error)}"
+            results = [_whole(group, "failed", reason)]
         free_memory(self.device)
         return results
 
