@@ -9,7 +9,7 @@ from triton_runs import DEVICES
 import ttt_kernels
 from ttt_kernels import CurrentScaling
 from ttt_kernels.fp8_linear import float8
-from ttt_kernels.fp8_linear.float8 import E4M3, E5M2, Float8, History, round_sides
+from ttt_kernels.fp8_linear.float8 import E4M3, E5M2, Float8, History, multiply, round_sides
 
 pytestmark = pytest.mark.parametrize("device", DEVICES)
 FORMATS = pytest.mark.parametrize("dtype", [E4M3, E5M2], ids=["e4m3", "e5m2"])
@@ -121,3 +121,24 @@ def test_the_map_and_its_pair_are_those_without_triton(rowwise, device):
         found.append((out, one, *wanted))
     for actual, expected in zip(*found, strict=True):
         torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("rowwise", [False, True], ids=["tensor", "row"])
+@pytest.mark.parametrize("tokens", [1, 21, 64])
+def test_products_are_those_of_the_rounded_values(rowwise, tokens, device):
+    """Output, input's gradient and weight's gradient, whose sums are over 16, 21 and 64 tokens."""
+    scaling = CurrentScaling(rowwise=rowwise)
+    x = spread(tokens, 48, seed=1, device=device).clamp(-4, 4).bfloat16()
+    weight = spread(32, 48, seed=2, device=device).clamp(-4, 4)
+    dy = spread(tokens, 32, seed=3, device=device).clamp(-4, 4).bfloat16()
+    of_x, of_dy = (
+        scaling.round_sides(one, role, turned=True)
+        for one, role in ((x, "input"), (dy, "cotangent"))
+    )
+    straight, turned = scaling.round_weight(weight)
+    for a, b in ((of_x[0], straight), (of_dy[0], turned), (of_dy[1], of_x[1])):
+        wide = [one.values(torch.float64) for one in (a, b)]
+        exact, bound = wide[0] @ wide[1].t(), wide[0].abs() @ wide[1].abs().t()
+        for dtype in (torch.bfloat16, torch.float32):
+            error = (multiply(a, b, dtype).double() - exact).abs()
+            assert (error <= 2**-8 * bound).all()
