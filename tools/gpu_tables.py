@@ -71,7 +71,7 @@ def replace_section(text: str, new: str, path: Path) -> str:
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise UserError(f"{path} has no line {BEGIN} before a line {END}: add them")
-    return f"{before}{BEGIN}\n{new}\n{END}{after}"
+    return f"{before}{BEGIN}\n{new}\n\n{END}{after}"
 
 
 def main() -> int:
