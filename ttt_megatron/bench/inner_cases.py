@@ -121,6 +121,7 @@ def _before(config: RunConfig, learner: Learner, chunk: int, device: torch.devic
         token_weights=weights.to(torch.promote_types(learner.compute_dtype, torch.float32)),
         rotation=learner.model.rotations(0, length, entered),
         runner=learner.runner,
+        rounded=learner.rounded,
     )
     initial = inner_step.flatten(learner.model.initial_fast_weights())
     state = SweepState(inner_step.for_sequences(initial, 1), problem.new_kv())

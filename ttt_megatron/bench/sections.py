@@ -33,6 +33,11 @@ def groups_of(options: Options, ceilings: Ceilings) -> list[Group]:
             for size in options.sizes
         ]
     if "meta" in options.sections:
+        if len(options.precisions) > 1:
+            length = min(options.lengths)
+            found += [
+                prefix_group(size, length, options.precisions, *common) for size in options.sizes
+            ]
         available = available_bytes(options.device)
         found += [
             meta_group(size, length, precision, *common, available)
@@ -40,11 +45,6 @@ def groups_of(options: Options, ceilings: Ceilings) -> list[Group]:
             for precision in options.precisions
             for size in options.sizes
         ]
-        if len(options.precisions) > 1:
-            length = min(options.lengths)
-            found += [
-                prefix_group(size, length, options.precisions, *common) for size in options.sizes
-            ]
     if "latency" in options.sections:
         found += [
             latency_group(size, length, precision, *common)

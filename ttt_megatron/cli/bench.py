@@ -13,12 +13,13 @@ EPILOG = """examples:
   ttt-megatron bench --device cpu --small                 everything, tiny, in minutes
   ttt-megatron bench --output results                     125M on the GPU; JSON, Markdown, PNG
   ttt-megatron bench --only kernels --precision bf16 fp32
-  ttt-megatron bench --only meta --sizes 125m 760m --lengths 8192 32768 --budget 300
+  ttt-megatron bench --only meta --sizes 125m 760m --lengths 8192 --precision bf16 fp8 --budget 300
   ttt-megatron bench --recipe my.yaml --lengths 4096 --output new --compare old/bench.json
 
 sections: kernels (each operation of ttt_kernels beside PyTorch's), inner (one chunk of the suffix),
 meta (a training step of TTT-E2E, of the same model without inner steps, of plain sliding-window and
-of full attention with as many parameters), latency (prefill and decoding by context length).
+of full attention with as many parameters; in several precisions also the prefix by itself),
+latency (prefill and decoding by context length).
 What does not fit into memory is reported as such and the rest goes on."""
 
 
