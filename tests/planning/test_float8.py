@@ -106,7 +106,9 @@ def test_memory_is_that_measured_in_a_step(monkeypatch):
     assert kinds["weights in compute dtype"] == 0
     for kind in ("fast-weight history", "keys and values", "prefix output"):
         assert kinds[kind] == found[kind.removeprefix("fast-weight ")]
-    assert kinds["prefix activations"] == pytest.approx(found["prefix activations"], rel=0.1)
+    # Rounding the weights writes to their copies, which are counted with what comes to be then.
+    activations = found["prefix activations"] - copies
+    assert kinds["prefix activations"] == pytest.approx(activations, rel=0.05)
     scores = 2 * 4 * 64 * (64 + 64 - 1) * 4
     chunk = kinds["suffix activations"] + kinds["fast weights in use"] / 2 + scores
     assert chunk == pytest.approx(found["suffix activations"], rel=0.15)
