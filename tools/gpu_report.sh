@@ -145,7 +145,7 @@ pytest=("$python" -m pytest --continue-on-collection-errors)
 if [[ -n $rehearse ]]; then
     part tests "${pytest[@]}" tests/kernels/test_work.py tests/kernels/test_swa_attention_work.py
     part golden "$python" tools/check_golden.py --device cpu tests/golden/F.npz
-    bench kernels --only kernels --repeats 3
+    bench kernels --only kernels --precision "${precisions[@]}" --repeats 3
     bench steps --only meta --lengths 256 --precision "${precisions[@]}" --step-repeats 2
     bench long --only meta --lengths 512 --step-repeats 2
     bench latency --only inner,latency --lengths 256 --step-repeats 2
@@ -154,7 +154,7 @@ else
     ! "$python" -c 'import xdist' 2>/dev/null || pytest+=(-n 8)
     part tests "${pytest[@]}" -m gpu tests/kernels tests/meta
     part golden "$python" tools/check_golden.py --device cuda tests/golden/*.npz
-    bench kernels --only kernels --precision bf16
+    bench kernels --only kernels --precision "${precisions[@]}"
     bench steps --only meta --sizes 125m 760m --lengths 8192 --precision "${precisions[@]}"
     bench long --only meta --sizes 125m --lengths 131072 32768 --precision bf16
     bench latency --only inner,latency --sizes 125m --lengths 8192 32768 131072 --precision bf16

@@ -21,6 +21,7 @@ from ttt_megatron.bench.models import E2E, FULL, SWA, Size
 from ttt_megatron.bench.prefix_cases import prefix_group
 from ttt_megatron.bench.row_cases import row_groups
 from ttt_megatron.bench.runner import Runner
+from ttt_megatron.bench.static_cases import BF16, static_group
 from ttt_megatron.config import from_dict
 from ttt_megatron.model.parameters import count_parameters
 
@@ -100,6 +101,14 @@ def test_other_kernels_are_measured():
                 assert result.floor > 0
                 assert result.peak_bytes is not None
                 assert len(result.seconds) == 2
+
+
+def test_static_linear_maps_in_float8_are_measured_beside_bf16():
+    found = measured(static_group(32, 16, 48, False, CPU, 2))
+    assert [name for name, way in found if way == "ttt_kernels"] == [
+        "weight rounded", "forward", "backward", "pair forward", "pair backward",
+    ]  # fmt: skip
+    assert sum(way == BF16 and r.ratio is not None for (_, way), r in found.items()) == 4
 
 
 def test_a_chunk_is_stepped_and_stepped_back_over():

@@ -15,6 +15,7 @@ from ttt_megatron.bench.models import Size
 from ttt_megatron.bench.options import Options
 from ttt_megatron.bench.prefix_cases import prefix_group
 from ttt_megatron.bench.row_cases import row_groups
+from ttt_megatron.bench.static_cases import static_group
 
 # The published chunk and window, at the head dims that kernels are tuned for.
 _CHUNK, _WINDOW, _HEADS = 1024, 8192, 32
@@ -58,7 +59,7 @@ def groups_of(options: Options, ceilings: Ceilings) -> list[Group]:
 def _kernels(options: Options) -> list[Group]:
     device, rounds = options.device, options.repeats
     found: list[Group] = []
-    # Quantised products take no kernel of their own here: their other operations run in bf16.
+    # With float8 products all other operations run in bf16.
     precisions = dict.fromkeys(p if p in DTYPES else "bf16" for p in options.precisions)
     for precision in precisions:
         found += attention_groups(_attention_shapes(options), precision, device, rounds)
@@ -73,6 +74,13 @@ def _kernels(options: Options) -> list[Group]:
             found.append(product_group(tokens, width, ffn, precision, device, rounds))
             steps = model.num_suffix_layers, width, ffn
             found.append(step_group(*steps, precision, device, rounds))
+    if "fp8" in options.precisions:
+        for size in options.sizes:
+            model, rowwise = size.config.model, size.config.fp8.scaling == "row"
+            tokens = model.window_size or size.config.data.sequence_length
+            columns = 2 * model.ffn_hidden_size
+            shape = tokens, model.hidden_size, columns
+            found.append(static_group(*shape, rowwise, device, rounds))
     places: dict[tuple[str, ...], Group] = {}
     for group in found:
         places.setdefault((group.operation, group.shape, group.precision), group)
