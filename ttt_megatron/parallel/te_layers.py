@@ -35,8 +35,7 @@ def transformer_engine() -> Any:
         raise NoTransformerEngineError("torch finds no CUDA device")
     try:
         module = importlib.import_module("transformer_engine.pytorch")
-        fp8 = importlib.import_module("transformer_engine.pytorch.fp8")
-        available, reason = fp8.FP8GlobalStateManager.is_fp8_available()
+        available, reason = _availability(module)
     except Exception as error:
         # One without its compiled core raises RuntimeError, others OSError.
         raise NoTransformerEngineError(
@@ -45,6 +44,17 @@ def transformer_engine() -> Any:
     if not available:
         raise NoTransformerEngineError(f"it says of this device: {reason}")
     return module
+
+
+def _availability(module: Any) -> tuple[bool, str]:
+    """Whether the device has float8, and why not."""
+    if hasattr(module, "is_fp8_available"):
+        found: tuple[bool, str] = module.is_fp8_available(return_reason=True)
+    else:
+        # Releases before 2.8 tell it here alone; later ones are to drop this module.
+        fp8 = importlib.import_module("transformer_engine.pytorch.fp8")
+        found = fp8.FP8GlobalStateManager.is_fp8_available()
+    return found
 
 
 def _autocast(module: Any) -> AbstractContextManager[None]:
