@@ -51,7 +51,7 @@ def _availability(module: Any) -> tuple[bool, str]:
     if hasattr(module, "is_fp8_available"):
         found: tuple[bool, str] = module.is_fp8_available(return_reason=True)
     else:
-        # Releases before 2.8 tell it here alone; later ones are to drop this module.
+        # Older releases tell it here alone; newer ones are to drop this module.
         fp8 = importlib.import_module("transformer_engine.pytorch.fp8")
         found = fp8.FP8GlobalStateManager.is_fp8_available()
     return found
