@@ -146,9 +146,9 @@ if [[ -n $rehearse ]]; then
     part tests "${pytest[@]}" tests/kernels/test_work.py tests/kernels/test_swa_attention_work.py
     part golden "$python" tools/check_golden.py --device cpu tests/golden/F.npz
     bench kernels --only kernels --precision "${precisions[@]}" --repeats 3
-    bench steps --only meta --lengths 256 --precision "${precisions[@]}" --step-repeats 2
-    bench long --only meta --lengths 512 --step-repeats 2
-    bench latency --only inner,latency --lengths 256 --step-repeats 2
+    bench steps --only meta --lengths 256 --precision "${precisions[@]}" --step-repeats 1
+    bench long --only meta --lengths 512 --step-repeats 1
+    bench latency --only inner,latency --lengths 256 --step-repeats 1
 else
     # Compiling is most of it: several processes do it at once where pytest-xdist is there.
     ! "$python" -c 'import xdist' 2>/dev/null || pytest+=(-n 8)
