@@ -21,6 +21,7 @@ from ttt_kernels.linear_cross_entropy.op import linear_cross_entropy, linear_cro
 from ttt_kernels.mode import plain_definitions, uses_plain_definitions
 from ttt_kernels.rms_norm.op import rms_norm, rms_norm_pair
 from ttt_kernels.rope.op import rope, rotations
+from ttt_kernels.rounded import RoundedWeights, using
 from ttt_kernels.swa_attention.op import swa_attention, swa_attention_pair
 from ttt_kernels.swiglu.op import swiglu, swiglu_pair
 
@@ -29,6 +30,7 @@ __all__ = [
     "CurrentScaling",
     "DelayedScaling",
     "Float8Weight",
+    "RoundedWeights",
     "WeightGradients",
     "add_scaled_",
     "backend",
@@ -55,5 +57,6 @@ __all__ = [
     "swiglu",
     "swiglu_pair",
     "uses_plain_definitions",
+    "using",
     "weight_gradients",
 ]

@@ -1,10 +1,13 @@
 """One chunk as passes over it see it: what changes from chunk to chunk, and what does not."""
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from ttt_megatron.meta.substitute import ParameterSlot
+from ttt_kernels import RoundedWeights, using
+from ttt_megatron.meta.substitute import ParameterSlot, substituted
 from ttt_megatron.model import ops
 from ttt_megatron.model.attention import KV
 from ttt_megatron.model.mlp import FastMLP
@@ -31,14 +34,24 @@ class Reading:
 
 @dataclass(frozen=True)
 class Suffix:
-    """The suffix of a model and where its slow weights stand, the output head's included."""
+    """The suffix of a model and where its slow weights stand, the output head's included.
+
+    `rounded` are copies of slow weights in the compute dtype, as of the start of the pass.
+    """
 
     model: LanguageModel
     slots: tuple[ParameterSlot, ...]
+    rounded: RoundedWeights
 
     def detached(self) -> list[Tensor]:
         """The slow weights as constants."""
         return [slot.tensor.detach() for slot in self.slots]
+
+    @contextmanager
+    def weights(self, slow: Sequence[Tensor]) -> Iterator[None]:
+        """Within, these tensors are the slow weights; they lie where the weights do."""
+        with substituted(self.slots, slow), using(self.rounded):
+            yield
 
     def run(
         self, x: Operand, reading: Reading, past: list[KV | None], fast: list[FastMLP]

@@ -13,7 +13,6 @@ from ttt_megatron.config.schema import MemoryPolicy
 from ttt_megatron.meta import inner_step
 from ttt_megatron.meta.chunk import Reading, Suffix
 from ttt_megatron.meta.problem import Problem
-from ttt_megatron.meta.substitute import substituted
 from ttt_megatron.meta.suffix_kv import ChunkCache
 from ttt_megatron.meta.tape import Entry, Recorded, Tape, keep_adjoint
 from ttt_megatron.model.attention import KV
@@ -57,7 +56,7 @@ def read_chunk(
     """Read a chunk without an inner step: losses, keys and values."""
     suffix, rows = problem.suffix, problem.tokens(chunk)
     reading = problem.reading(prefix_output, state.kv, state.fast, chunk)
-    with torch.no_grad(), substituted(suffix.slots, suffix.detached()):
+    with torch.no_grad(), suffix.weights(suffix.detached()):
         fast = inner_step.as_mlps(reading.fast)
         hidden, own = suffix.run(reading.x, reading, reading.past, fast)
         if chunk in report.logits:
@@ -96,11 +95,11 @@ class ChunkGradient:
 
 def chunk_gradient(plan: GradientPlan, reading: Reading, _: list[Tensor]) -> ChunkGradient:
     """The gradient of a chunk's loss by its fast weights, nothing else moving."""
-    model, slots = plan.suffix.model, plan.suffix.slots
+    model = plan.suffix.model
     leaves = [w.detach().requires_grad_() for w in reading.fast]
     tape = Tape(plan.policy) if plan.record and plan.policy != "recompute" else None
     head, logits = Entry(), None
-    with torch.enable_grad(), substituted(slots, plan.suffix.detached()):
+    with torch.enable_grad(), plan.suffix.weights(plan.suffix.detached()):
         x = reading.x.detach()
         hidden, own = plan.suffix.run(
             x if tape is None else Recorded(x, tape),

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import ttt_megatron.meta.float8  # noqa: F401  (registers what float8 does with operands)
+from ttt_kernels import RoundedWeights
 from ttt_megatron.config.schema import InnerConfig, ModelConfig
 from ttt_megatron.meta import inner_step
 from ttt_megatron.meta.forward_sweep import SweepReport
@@ -13,6 +14,7 @@ from ttt_megatron.meta.meta_loss import default_segment, meta_loss, read_sequenc
 from ttt_megatron.meta.part import WHOLE, Part
 from ttt_megatron.meta.passes import DIRECT, Runner
 from ttt_megatron.meta.problem import InnerSettings, Problem, chunk_token_weights
+from ttt_megatron.meta.substitute import suffix_parameters
 from ttt_megatron.model.float8 import Products, float8_layers, use_float8
 from ttt_megatron.model.init import initialize
 from ttt_megatron.model.slots import Slots
@@ -66,6 +68,7 @@ class Learner(nn.Module):
         self.compute_dtype = compute_dtype or dtype
         self.recompute_prefix = recompute_prefix
         self.runner: Runner = DIRECT
+        self.rounded = RoundedWeights()
         self.model = LanguageModel(model_config, slots, stage).to(dtype)
         initialize(self.model, model_config, seed)
         if float8 is not None:
@@ -75,6 +78,29 @@ class Learner(nn.Module):
         """Take note of the weights as they are. The passes of this class do so by themselves."""
         for layer in float8_layers(self.model).values():
             layer.float8.begin_pass(layer.weight)
+        if self.model.suffix_blocks:
+            within = {id(slot.tensor) for slot in suffix_parameters(self.model)}
+            chosen = [w for w in self._static_matrices() if id(w) in within]
+            self.rounded.renew(chosen, self.compute_dtype)
+
+    def begin_reading(self, inner_steps: bool) -> None:
+        """The same for a session, which multiplies by all weights token after token.
+
+        Without inner steps the prime MLPs' are among them.
+        """
+        self.begin_pass()
+        fast = [] if inner_steps else inner_step.flatten(self.model.initial_fast_weights())
+        self.rounded.renew([*self._static_matrices(), *fast], self.compute_dtype)
+
+    def _static_matrices(self) -> list[Tensor]:
+        """Slow weights of products in the compute dtype: of an embedding only if it is the head."""
+        model = self.model
+        others = [layer.weight for layer in float8_layers(model).values()]
+        others += inner_step.flatten(model.initial_fast_weights())
+        if model.output is not None or not model.stage.is_last:
+            others += list(model.embedding.parameters()) if hasattr(model, "embedding") else []
+        left_out = {id(weight) for weight in others}
+        return [p for p in model.parameters() if p.dim() == 2 and id(p) not in left_out]
 
     @property
     def fast_parameter_names(self) -> list[str]:
@@ -189,6 +215,7 @@ class Learner(nn.Module):
             rotation=self.model.rotations(part.start, length, entered),
             part=part,
             runner=self.runner if torch.is_grad_enabled() else DIRECT,
+            rounded=self.rounded,
         )
         if torch.is_grad_enabled():
             loss, run = meta_loss(problem, entered)

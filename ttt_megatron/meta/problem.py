@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ttt_kernels import RoundedWeights
 from ttt_megatron.config.schema import MemoryPolicy
 from ttt_megatron.meta.chunk import Reading, Suffix
 from ttt_megatron.meta.part import WHOLE, Boundary, Part
@@ -49,7 +50,8 @@ class Problem:
 
     targets [b, T] int64; token_weights [b, T]: see `chunk_token_weights`; chunk losses weigh
     1/(N·b) each in the loss. T, N, chunks and positions are the part's. `runner` runs the passes
-    over chunks that are followed by an inner step.
+    over chunks that are followed by an inner step, `rounded` are the slow weights in the compute
+    dtype, those of them that are not rounded in every product.
 
     Raises ValueError if the sequences are cut into parts elsewhere than between chunks.
     """
@@ -61,6 +63,7 @@ class Problem:
     rotation: Tensor
     part: Part = WHOLE
     runner: Runner = DIRECT
+    rounded: RoundedWeights = field(default_factory=RoundedWeights)
     suffix: Suffix = field(init=False)
 
     def __post_init__(self) -> None:
@@ -70,7 +73,8 @@ class Problem:
                 f"a part of {self.length} tokens from {self.part.start} on does not lie between "
                 f"chunks of {self.settings.chunk_size}"
             )
-        self.suffix = Suffix(self.model, tuple(suffix_parameters(self.model)))
+        slots = tuple(suffix_parameters(self.model))
+        self.suffix = Suffix(self.model, slots, self.rounded)
 
     @property
     def length(self) -> int:

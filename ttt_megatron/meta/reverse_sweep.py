@@ -21,7 +21,6 @@ from ttt_megatron.meta.chunk import Reading, Suffix
 from ttt_megatron.meta.forward_sweep import ChunkHistory
 from ttt_megatron.meta.pair import MovingWeight, Pair
 from ttt_megatron.meta.problem import Problem
-from ttt_megatron.meta.substitute import substituted
 from ttt_megatron.meta.suffix_kv import ChunkCache, SuffixKV, gradients
 from ttt_megatron.meta.tape import Playback, Tape
 from ttt_megatron.model.attention import KV
@@ -95,7 +94,7 @@ def plain_graph(suffix: Suffix, reading: Reading, slow: list[Tensor]) -> ChunkGr
     """S = a·l_i: where no inner step follows, or its dependence on the weights is ignored."""
     model = suffix.model
     x, leaves, past = _leaf(reading.x), [_leaf(w) for w in reading.fast], _leaves(reading.past)
-    with torch.enable_grad(), substituted(suffix.slots, slow):
+    with torch.enable_grad(), suffix.weights(slow):
         hidden, own = suffix.run(x, reading, past, inner_step.as_mlps(leaves))
         entered = model.slots.head.enter(hidden)
         root, nll = model.loss(entered, reading.targets, reading.token_weights)
@@ -112,7 +111,7 @@ def moving_graph(
         MovingWeight(w, v, playback) for w, v in zip(leaves, moving.direction, strict=True)
     ]
     mlps = [FastMLP(*weights[i : i + 2]) for i in range(0, len(weights), 2)]
-    with torch.enable_grad(), substituted(suffix.slots, slow):
+    with torch.enable_grad(), suffix.weights(slow):
         hidden, own = suffix.run(x, reading, past, mlps)
         hidden = model.slots.head.enter(hidden)
         assert isinstance(hidden, Pair)

@@ -116,7 +116,8 @@ def meta_suffix(config: RunConfig, tile: int, keep_scores: bool) -> SweepWork:
         size = inner.segment_chunks or default_segment(chunks)
         recompute += forward * ((steps - 1) // size * size)
     return SweepWork(
-        forward=forward * steps + last.forward,
+        # Slow weights are rounded once for all chunks, and for autograd in the last.
+        forward=c.slow_casts() + forward * steps + last.forward,
         recompute=recompute,
         backward=reverse.backward * steps + last.backward,
         weights=reverse.weights * steps + last.weights,
@@ -128,8 +129,8 @@ def _forward_sweep(c: _Chunk, scores: int) -> Work:
     work = c.static(2) + c.linear(c.sizes.fast, 3) + c.linear(c.still, -1)
     work += c.rounded(1, 1, for_weights=False)
     work += c.linear(c.sizes.head, 2) + c.attend(4 + scores, 2) + c.move(5)
-    # Casts of weights and gradient, the norm, the step.
-    return work + c.fast_bytes(24 + 2 * c.element) + c.slow_casts()
+    # Casts of fast weights and gradient, the norm, the step.
+    return work + c.fast_bytes(24 + 2 * c.element)
 
 
 def _plain_chunk(c: _Chunk, scores: int) -> SweepWork:
@@ -161,8 +162,9 @@ def _pair_chunk(c: _Chunk, scores: int, policy: MemoryPolicy) -> SweepWork:
     backward += c.rounded(2 - values, 2, for_weights=True)
     backward += c.linear(c.still, -3 if spared < 2 else -2) + c.linear(head, 2)
     backward += c.attend(11 - spared - values + 2 * scores, 6 if spared < 2 else 4)
-    # Undoing the step, the clip's derivative, casts of weights and direction, the new cotangent.
-    backward += c.move(8) + c.fast_bytes(56 + 3 * c.element) + c.slow_casts()
+    # Undoing the step, the clip's derivative, casts of fast weights and direction, the new
+    # cotangent.
+    backward += c.move(8) + c.fast_bytes(56 + 3 * c.element)
     weights = c.static(2) + c.linear(head, 2) + c.slow_sums()
     return SweepWork(Work(), recompute, backward, weights)
 

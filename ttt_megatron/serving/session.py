@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ttt_kernels import RoundedWeights, using
 from ttt_megatron.meta import inner_step
 from ttt_megatron.meta.forward_sweep import SweepState, new_report, step_through_chunk
 from ttt_megatron.meta.learner import Learner
@@ -80,7 +81,7 @@ class Session:
         self._learner = learner
         self._bos_id = bos_id
         self._settings = learner.settings(learner.inner.lr, learner.inner.chunk_size)
-        learner.begin_pass()
+        learner.begin_reading(self.inner_steps)
         self.reset()
 
     def reset(self) -> None:
@@ -93,6 +94,7 @@ class Session:
         self.fast_weights: list[Tensor] = []
         if self.inner_steps:
             self.fast_weights = inner_step.for_sequences(self._initial_weights(), self.batch)
+        self._rounded_fast, self._fast_moved = RoundedWeights(), True
         self._early_kv = StreamKV(num_blocks - later, window)
         self._later_kv = StreamKV(later, window)
         self._pending: _PendingChunk | None = None
@@ -104,6 +106,7 @@ class Session:
         twin.__dict__.update(self.__dict__)
         # Inner steps move the fast weights in place; all other tensors are only ever replaced.
         twin.fast_weights = [w.clone() for w in self.fast_weights]
+        twin._rounded_fast, twin._fast_moved = RoundedWeights(), True
         twin._early_kv, twin._later_kv = self._early_kv.copy(), self._later_kv.copy()
         return twin
 
@@ -115,13 +118,15 @@ class Session:
         outside the vocabulary.
         """
         logits: list[Tensor] = []
-        self._read(tokens, logits)
+        with using(self._learner.rounded):
+            self._read(tokens, logits)
         return torch.cat(logits, dim=1)
 
     @torch.no_grad()
     def prefill(self, tokens: Tensor) -> Tensor:
         """`read` without the memory of all its logits: `next_logits`, [b, V]."""
-        self._read(tokens, None)
+        with using(self._learner.rounded):
+            self._read(tokens, None)
         return self.next_logits
 
     @property
@@ -129,7 +134,7 @@ class Session:
         """The logits after the last token read, [b, V]; ValueError if nothing was read."""
         if self._last_hidden is None:
             raise ValueError("the session has read nothing yet")
-        with torch.no_grad():
+        with torch.no_grad(), using(self._learner.rounded):
             return self._model.logits(self._last_hidden)
 
     @property
@@ -229,7 +234,11 @@ class Session:
         offset = 0 if pending is None else pending.length
         rotation = self._model.rotations(position, tokens.shape[1], entered)
         fast = inner_step.as_mlps(self.fast_weights)
-        hidden, own = self._model.suffix(entered, rotation, self._later_kv.past(offset), fast)
+        if self._fast_moved:
+            self._rounded_fast.renew(self.fast_weights, self._learner.compute_dtype)
+            self._fast_moved = False
+        with using(self._rounded_fast):
+            hidden, own = self._model.suffix(entered, rotation, self._later_kv.past(offset), fast)
         self._later_kv.write(offset, own)
         self._finish(hidden, logits)
         if pending is None:
@@ -250,6 +259,7 @@ class Session:
                 torch.promote_types(self._learner.compute_dtype, torch.float32)
             ),
             rotation=self._model.rotations(chunk.start, chunk.length, chunk.entered),
+            rounded=self._learner.rounded,
         )
         report = new_report(problem, () if logits is None else (0,))
         state = SweepState(self.fast_weights, self._later_kv)
@@ -258,6 +268,7 @@ class Session:
             logits.append(report.logits[0])
         self._later_kv.close()
         self._pending = None
+        self._fast_moved = True
         self.steps_taken += 1
 
     def _finish(self, hidden: Tensor, logits: list[Tensor] | None) -> None:

@@ -11,14 +11,15 @@ from torch import Tensor
 
 from ttt_kernels.arguments import check_floats, check_pair, check_shape
 from ttt_kernels.linear.op import linear
+from ttt_kernels.rounded import rounded
 
 
 def _check(x: Tensor, weight: Tensor) -> None:
     """x [b, T, in], weight [b, out, in]."""
     if x.dim() != 3 or weight.dim() != 3 or x.shape[::2] != weight.shape[::2]:
         raise ValueError(
-            f"x must be [b, T, in] and weight [b, out, in], and their shapes are {list(x.shape)} and"
-            f" {list(weight.shape)}."
+            "x must be [b, T, in] and weight [b, out, in], and their shapes are"
+            f" {list(x.shape)} and {list(weight.shape)}."
         )
 
 
@@ -32,7 +33,7 @@ def fast_linear(x: Tensor, weight: Tensor) -> Tensor:
     if weight.dim() == 2:
         return linear(x, weight)
     _check(x, weight)
-    return torch.bmm(x, weight.to(x.dtype).mT)
+    return torch.bmm(x, rounded(weight, x.dtype).mT)
 
 
 class _FastLinearPair(torch.autograd.Function):

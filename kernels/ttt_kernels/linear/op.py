@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ttt_kernels.arguments import check_axes, check_floats, check_pair, check_shape
 from ttt_kernels.deferred import Receiver, receiver
+from ttt_kernels.rounded import rounded
 
 
 def _check(name: str, x: Tensor, weight: Tensor) -> None:
@@ -33,7 +34,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     _check("x", x, weight)
     put_off = receiver(x, weight)
     if put_off is None:
-        return F.linear(x, weight.to(x.dtype))
+        return F.linear(x, rounded(weight, x.dtype))
     result: Tensor = _LinearPutOff.apply(x, weight.detach(), put_off)
     return result
 
@@ -43,7 +44,7 @@ class _LinearPutOff(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, put_off: Receiver) -> Tensor:
-        matrix = weight.to(x.dtype)
+        matrix = rounded(weight, x.dtype)
         ctx.save_for_backward(x, matrix)
         ctx.put_off = put_off
         return F.linear(x, matrix)
@@ -67,7 +68,7 @@ class _LinearPair(torch.autograd.Function):
         dot_adjoint: Tensor | None,
         put_off: Receiver | None,
     ) -> Tensor:
-        matrix = weight.to(pair.dtype)
+        matrix = rounded(weight, pair.dtype)
         ctx.save_for_backward(pair, matrix, dot_adjoint)
         ctx.weight_dtype, ctx.put_off = weight.dtype, put_off
         if primal is None:

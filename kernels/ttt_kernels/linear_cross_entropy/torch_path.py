@@ -14,6 +14,7 @@ from torch import Tensor
 from ttt_kernels.deferred import Receiver
 from ttt_kernels.dtypes import accumulation_dtype
 from ttt_kernels.linear_cross_entropy.shard import VocabularyShard
+from ttt_kernels.rounded import rounded
 
 MAX_TILE_ELEMENTS = 1 << 21
 
@@ -100,7 +101,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         put_off: Receiver | None,
     ) -> tuple[Tensor, Tensor]:
         wide = accumulation_dtype(hidden.dtype)
-        matrix = weight.to(hidden.dtype)
+        matrix = rounded(weight, hidden.dtype)
         nll = torch.empty(hidden.shape[0], dtype=wide, device=hidden.device)
         want_hidden = needs_grad and ctx.needs_input_grad[0]
         want_weight = needs_grad and ctx.needs_input_grad[1]
@@ -156,7 +157,7 @@ class LinearCrossEntropyPair(torch.autograd.Function):
         put_off: Receiver | None,
     ) -> Tensor:
         wide = accumulation_dtype(pair.dtype)
-        matrix = weight.to(pair.dtype)
+        matrix = rounded(weight, pair.dtype)
         grad = torch.empty_like(pair, memory_format=torch.contiguous_format)
         kept = d_weight = None
         if put_off is None:

@@ -31,6 +31,7 @@ from torch import Tensor
 from ttt_kernels.deferred import Receiver
 from ttt_kernels.linear_cross_entropy.shard import VocabularyShard
 from ttt_kernels.linear_cross_entropy.triton_rows import RowSums, differentiate_
+from ttt_kernels.rounded import rounded
 
 ELEMENTS = 1 << 25
 """Logits in a tile, of each of primal and tangent."""
@@ -237,7 +238,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         needs_grad: bool,
         put_off: Receiver | None,
     ) -> tuple[Tensor, Tensor]:
-        matrix, a = weight.to(hidden.dtype), _as_weights(token_weights)
+        matrix, a = rounded(weight, hidden.dtype), _as_weights(token_weights)
         targets, stacked = targets.contiguous(), hidden.unsqueeze(0)
         want_hidden = needs_grad and ctx.needs_input_grad[0]
         alone = want_hidden and not ctx.needs_input_grad[1] and put_off is None
@@ -289,7 +290,7 @@ class LinearCrossEntropyPair(torch.autograd.Function):
         shard: VocabularyShard,
         put_off: Receiver | None,
     ) -> Tensor:
-        matrix, targets = weight.to(pair.dtype), targets.contiguous()
+        matrix, targets = rounded(weight, pair.dtype), targets.contiguous()
         a, b = _as_weights(loss_weights), _as_weights(derivative_weights)
         losses, _ = read(pair, matrix, targets, shard)
         ctx.save_for_backward(pair, matrix, targets, a, b, dot_adjoint, *losses)
