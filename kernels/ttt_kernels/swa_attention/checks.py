@@ -3,7 +3,9 @@
 import torch
 from torch import Tensor
 
+from ttt_kernels.arguments import check_floats, check_shape
 from ttt_kernels.swa_attention.triton_tiles import LARGEST_WIDTH
+from ttt_kernels.triton_launch import suits_triton
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -39,6 +41,31 @@ def check_arguments(
         raise ValueError(
             f"window must be 1 or more, for a query sees its own key, and is {window}."
         )
+
+
+def check_reused(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    saved: tuple[Tensor, Tensor] | None,
+    known: tuple[Tensor, Tensor, Tensor] | None,
+) -> None:
+    """Raise ValueError or TypeError unless what a pair pass reuses fits its q, k and v.
+
+    saved is (output, log-sum-exp), known the cotangents of the tangents of q, k and v.
+    """
+    if saved is not None:
+        named = dict(zip(("saved.out", "saved.lse"), saved, strict=True))
+        check_floats(q=q, **named)
+        b, length, heads, _ = q.shape[1:]
+        kv_heads = k.shape[3]
+        check_shape("saved.out", saved[0], q.shape[1:])
+        check_shape("saved.lse", saved[1], (b, kv_heads, heads // kv_heads, length, 1))
+    if known is not None:
+        named = dict(zip(("known.q", "known.k", "known.v"), known, strict=True))
+        check_floats(q=q, **named)
+        for (name, x), like in zip(named.items(), (q, k, v), strict=True):
+            check_shape(name, x, like.shape[1:])
 
 
 def _check_kinds(tensors: dict[str, Tensor]) -> None:
@@ -78,5 +105,5 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, past: dict[str, Tensor]) -> N
     lengths = {x.shape[1] for x in past.values()}
     if len(lengths) > 1:
         raise ValueError("past_k and past_v must hold the same number of keys.")
-    if q.is_cuda and q.dtype != torch.float64 and head_dim > LARGEST_WIDTH:
+    if q.is_cuda and suits_triton(q) and head_dim > LARGEST_WIDTH:
         raise ValueError(f"On CUDA the head dim is at most {LARGEST_WIDTH}, and is {head_dim}.")

@@ -22,8 +22,26 @@ _PARTS = (
 )
 # Kernels that walk over queries read those by descriptors, the others keys.
 _OVER_QUERIES = (tiles.DKV, tiles.PAIR_DKV_OWN, tiles.PAIR_DKV_KNOWN, tiles.PAIR_DKV_PAST)
-SPILLS: dict[str, str] = {}
-"""Why a case may spill registers, by its name."""
+OUTSIDE_LOOPS = "once a program or a head: none in the loops over tiles"
+_FULL_DQ = (
+    "43 reloads to 180 wgmma in its four loops over tiles, no store; tiles of 128x16 or one stage"
+    " have fewer, at half the keys a wgmma or with no load ahead, those of 64x32 and 64x64 do not"
+)
+SPILLS = {
+    "pair_dkv_own/full/d64": OUTSIDE_LOOPS,
+    "pair_dkv_own/known/keys/d128": OUTSIDE_LOOPS,
+    "pair_dkv_own/full/values/d128": OUTSIDE_LOOPS,
+    "pair_dkv_own/full/keys/d128": (
+        "41 reloads to 108 wgmma in its two loops over tiles, no store; only own keys come here"
+    ),
+    "pair_dkv_past/d128": (
+        "9 reloads to 80 wgmma in its two loops over tiles, no store; 32x64 reads the queries twice"
+    ),
+    "pair_dq/full/d128": _FULL_DQ,
+    "pair_dq/full/d80": _FULL_DQ,
+    "pair_dq/full/fp32/d64": "5 in its loops over tiles, whose products miss the tensor cores",
+}
+"""Why a case may spill registers, by its name. Counts are of Triton 3.9."""
 
 
 def _case(
@@ -92,5 +110,6 @@ def compile_cases() -> list[CompileCase]:
         _case("forward/chunk", forward_kernel, tiles.FORWARD, 64, _CHUNK, "fp16"),
         _case("forward/chunk", forward_kernel, tiles.FORWARD, 64, _CHUNK, "fp32"),
         _case("dkv", dkv_kernel, tiles.DKV, 64, {}, "fp32"),
+        _case("pair_dq/full", pair_dq_kernel, tiles.PAIR_DQ, 64, pair_dq, "fp32"),
     ]
     return [*_of_head_dim(64), *_of_head_dim(128), *others]

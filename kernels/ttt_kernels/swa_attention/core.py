@@ -51,6 +51,20 @@ def backward(
     return dq, dk, dv
 
 
+def pair_scores(
+    q: Tensor, dot_q: Tensor, k: Tensor, dot_k: Tensor, p: Tensor, own: int
+) -> tuple[PairScores, Tensor]:
+    """The scores' tangents with the probabilities p, and p∘Ṡ.
+
+    dot_k belongs to the keys after the first `own`.
+    """
+    dot_s = torch.bmm(dot_q, k.mT)
+    dot_s[:, :, own:].baddbmm_(q, dot_k.mT)
+    dot_s.mul_(q.shape[-1] ** -0.5)
+    weighted = p * dot_s
+    return PairScores(p, dot_s, weighted.sum(dim=-1, keepdim=True)), weighted
+
+
 def pair_forward(
     q: Tensor,
     dot_q: Tensor,
@@ -66,17 +80,12 @@ def pair_forward(
 
     dot_k and dot_v belong to the keys after the first `own`.
     """
-    c = q.shape[-1] ** -0.5
-    dot_s = torch.bmm(dot_q, k.mT)
-    dot_s[:, :, own:].baddbmm_(q, dot_k.mT)
-    dot_s.mul_(c)
-    weighted = p * dot_s
-    mu = weighted.sum(dim=-1, keepdim=True)
+    kept, weighted = pair_scores(q, dot_q, k, dot_k, p, own)
     if out is None:
         out = torch.bmm(p, v)
-    dot_out = torch.bmm(weighted, v).addcmul_(mu, out, value=-1)
+    dot_out = torch.bmm(weighted, v).addcmul_(kept.mu, out, value=-1)
     dot_out.baddbmm_(p[:, :, own:], dot_v)
-    return out, dot_out, PairScores(p, dot_s, mu)
+    return out, dot_out, kept
 
 
 class PairGradients(NamedTuple):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ttt_kernels.mode import uses_plain_definitions
 from ttt_kernels.swa_attention import torch_path
-from ttt_kernels.swa_attention.checks import check_arguments
+from ttt_kernels.swa_attention.checks import check_arguments, check_reused
 from ttt_kernels.swa_attention.reference import swa_attention_reference
 from ttt_kernels.triton_launch import suits_triton
 
@@ -230,5 +230,6 @@ def swa_attention_pair(
     together.
     """
     check_arguments(q, k, v, window, past_k, past_v, leading=1)
+    check_reused(q, k, v, saved, known)
     result: Tensor = _SwaAttentionPair.apply(q, k, v, past_k, past_v, window, saved, known)
     return result

@@ -180,7 +180,7 @@ def pair_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """(dq, dk, dv as pairs, d past_k, d past_v); the last two None unless wanted.
 
-    Takes the scores out of `kept`.
+    Takes the scores out of `kept`, and forms them again where they are gone.
     """
     wide, heads = out.dtype, k.shape[3]
     past = 0 if past_k is None else past_k.shape[1]
@@ -194,17 +194,18 @@ def pair_backward(
     for index, group in enumerate(_groups(q[0], past_k, window)):
         own, own_group = max(0, past - group.key_start), _own_keys(group, past)
         skip = 0 if past == 0 or want_past else own
+        tile_q, tile_dot_q = take_queries(queries, group), take_queries(dot_queries, group)
+        tile_k, tile_dot_k = take_keys(keys, group), take_keys(dot_keys, own_group)
         scores, kept[index] = kept[index], None
         if scores is None:
-            raise RuntimeError(
-                "swa_attention_pair was differentiated before: its scores are kept for one"
-                " backward pass, so run it again."
-            )
+            mask = _mask(group, window, queries.shape[2], queries)
+            p, _ = core.softmax_rows(core.scores(tile_q, tile_k, mask))
+            scores, _ = core.pair_scores(tile_q, tile_dot_q, tile_k, tile_dot_k, p, own)
         grads = core.pair_backward(
-            take_queries(queries, group),
-            take_queries(dot_queries, group),
-            take_keys(keys, group),
-            take_keys(dot_keys, own_group),
+            tile_q,
+            tile_dot_q,
+            tile_k,
+            tile_dot_k,
             take_keys(values, group),
             take_keys(dot_values, own_group),
             scores,

@@ -41,6 +41,14 @@ def _tile(
         s = tl.where(seen_by(row, key, length, window, ROWS, KEYS), s, HIDDEN)
     lse2 = load_row_values(lse_ptr, row, length, ROWS) * LOG2E
     p = tl.exp2(s * (scale * LOG2E) - lse2[None, :])
+    # Two products wait for the last sum over p, not three: registers are what limits the tile.
+    dds = p
+    if WANT_K:
+        g = product(v, tl.trans(e)) - load_row_values(gamma_ptr, row, length, ROWS)[None, :]
+        dds = p * g
+        dk = add_product(narrow(dds, q.dtype), dot_q, dk)
+        if TANGENTS and not KNOWN:
+            ddot_k = add_product(narrow(dds, q.dtype), q, ddot_k)
     dot_s = product(k, tl.trans(dot_q))
     if TANGENTS:
         dot_s = add_product(dot_k, tl.trans(q), dot_s)
@@ -51,17 +59,13 @@ def _tile(
         if TANGENTS and not KNOWN:
             ddot_v = add_product(narrow(p, q.dtype), e, ddot_v)
     if WANT_K:
-        g = product(v, tl.trans(e)) - load_row_values(gamma_ptr, row, length, ROWS)[None, :]
+        moved = dds * centred
         ds = product(v, tl.trans(d_out))
         if TANGENTS:
             ds = add_product(dot_v, tl.trans(e), ds)
         delta = load_row_values(delta_ptr, row, length, ROWS)
-        ds = p * (ds - delta[None, :] + g * centred)
+        ds = p * (ds - delta[None, :]) + moved
         dk = add_product(narrow(ds, q.dtype), q, dk)
-        dds = narrow(p * g, q.dtype)
-        dk = add_product(dds, dot_q, dk)
-        if TANGENTS and not KNOWN:
-            ddot_k = add_product(dds, q, ddot_k)
     return dk, ddot_k, dv, ddot_v
 
 

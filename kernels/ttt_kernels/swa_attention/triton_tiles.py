@@ -38,15 +38,15 @@ _HALF = {
     (PAIR_DQ, 64): Tile(128, 64, 8, 2),
     (PAIR_DQ, 128): Tile(128, 32, 8, 2),
     (PAIR_DKV_OWN, 64): Tile(32, 128, 8, 2),
-    (PAIR_DKV_OWN, 128): Tile(32, 64, 4, 2, parts=2),
+    (PAIR_DKV_OWN, 128): Tile(32, 128, 8, 2, parts=2),
     (PAIR_DKV_KNOWN, 64): Tile(32, 128, 8, 2),
-    (PAIR_DKV_KNOWN, 128): Tile(32, 64, 4, 2, parts=2),
+    (PAIR_DKV_KNOWN, 128): Tile(32, 128, 8, 2, parts=2),
     (PAIR_DKV_PAST, 64): Tile(32, 128, 8, 2),
-    (PAIR_DKV_PAST, 128): Tile(32, 64, 4, 2),
+    (PAIR_DKV_PAST, 128): Tile(32, 128, 8, 2),
 }
 
 # Products of float32 run outside the tensor cores, on operands held in registers.
-_SINGLE = Tile(32, 32, 4, 1)
+_SINGLE = Tile(16, 16, 4, 1)
 _LARGE = Tile(16, 16, 4, 1, parts=2)
 LARGEST_WIDTH = 256
 
