@@ -8,6 +8,7 @@ from meta_case import batch, learner
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ttt_kernels import RoundedWeights
+from ttt_megatron.meta.chunk_graph import ChunkPrograms
 from ttt_megatron.meta.learner import Learner
 from ttt_megatron.meta.meta_loss import MetaRun
 from ttt_megatron.serving.session import Session
@@ -46,6 +47,23 @@ def test_gradients_are_those_of_rounding_in_every_product(policy, shape):
     actual = losses_and_gradients(low(shape, memory_policy=policy))
     expected = losses_and_gradients(rounding_nothing(low(shape, memory_policy=policy)))
     assert all(map(torch.equal, actual, expected))
+
+
+@pytest.mark.parametrize("policy", ["recompute", "save_all"])
+def test_programs_read_the_renewed_copies(policy):
+    one, direct = low(memory_policy=policy), low(memory_policy=policy)
+    one.runner = ChunkPrograms()
+    found, expected = ([], [])
+    for seen, which in ((found, one), (expected, direct)):
+        for step in range(3):
+            loss = which(*batch(seed=step)).loss
+            loss.backward()
+            seen.append(loss.detach())
+            for parameter in which.parameters():
+                parameter.data.sub_(parameter.grad, alpha=0.3)
+                parameter.grad = None
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=0)
+    assert abs(float(expected[2] - expected[0])) > 0.05
 
 
 class Casts(TorchDispatchMode):
