@@ -230,7 +230,7 @@ def check_operation(operation: str, folder: Path, arguments: argparse.Namespace)
     cases = cases_of(operation)
     for case in cases:
         name = f"{operation}/{case.name}"
-        if arguments.only and arguments.only not in name:
+        if arguments.only and not any(part in name for part in arguments.only):
             continue
         start = time.monotonic()
         result = compile_case(case, target)
@@ -259,7 +259,9 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--target", default="sm_90", choices=sorted(CAPABILITY))
-    parser.add_argument("--only", metavar="NAME", help="compile the cases whose name contains NAME")
+    parser.add_argument(
+        "--only", metavar="NAME", nargs="+", help="compile the cases whose name contains a NAME"
+    )
     parser.add_argument("--update", action="store_true", help="write the tables")
     parser.set_defaults(compiled=0)
     arguments = parser.parse_args(argv)
@@ -277,7 +279,7 @@ def main(argv: list[str] | None = None) -> int:
     for operation, folder in operations().items():
         fine = check_operation(operation, folder, arguments) and fine
     if not arguments.compiled:
-        sys.stderr.write(f"No kernel is called {arguments.only}\n")
+        sys.stderr.write(f"No kernel is called {' or '.join(arguments.only)}\n")
         return 2
     return 0 if fine else 1
 
