@@ -211,14 +211,12 @@ def test_any_layout(layout, dtype, device):
 def test_nothing_to_attend(device):
     for b, length in ((0, 4), (1, 0)):
         case = Case(b, length, 2, 1, 16, 4, 3)
-        out, *grads = first_order(
-            swa_attention, draw(case, torch.float32, device), 4, torch.ones(b, length, 2, 16)
-        )
+        tensors = draw(case, torch.float32, device)
+        out, *grads = first_order(swa_attention, tensors, 4, torch.ones_like(tensors[0]))
         assert out.shape == (b, length, 2, 16)
         assert all(not x.any() for x in grads)
         pairs = draw(case, torch.float32, device, pairs=True)
-        cotangent = torch.ones(2, b, length, 2, 16)
-        out, *grads = first_order(pair_of("alone", None), pairs, 4, cotangent)
+        out, *grads = first_order(pair_of("alone", None), pairs, 4, torch.ones_like(pairs[0]))
         assert out.shape == (2, b, length, 2, 16)
         assert all(not x.any() for x in grads)
 

@@ -2,10 +2,21 @@
 
 import pytest
 import torch
-from attention_cases import Case, draw, first_order, given, pair_of, use_small_tiles
+from attention_cases import (
+    Case,
+    assert_near,
+    draw,
+    first_order,
+    given,
+    pair_of,
+    reference_pair,
+    use_small_tiles,
+    wide,
+)
 from triton_runs import DEVICES, ON_CUDA
 
 from ttt_kernels.swa_attention.op import swa_attention
+from ttt_kernels.swa_attention.reference import swa_attention_reference
 from ttt_kernels.swa_attention.work import GEMMS, tiles_by_keys, tiles_by_queries
 
 triton_tiles = pytest.importorskip("ttt_kernels.swa_attention.triton_tiles")
@@ -130,6 +141,44 @@ def test_nothing_is_written_out_of_bounds(dtype, device, monkeypatch):
         inner = buffer[1024 : 1024 + count]
         assert float(buffer[0]) == float(torch.tensor(CANARY).to(buffer.dtype))
         assert not bool((inner == buffer[0]).any())  # all of it was written
+
+
+SIZES = {
+    "chunk": lambda head_dim: Case(1, 1024, 8, 4, head_dim, 8192, 8191),
+    "short window": lambda head_dim: Case(2, 1000, 4, 4, head_dim, 300, 299),
+    "sequence": lambda head_dim: Case(1, 3001, 4, 2, head_dim, 512, None),
+}
+
+
+@pytest.mark.parametrize("device", [ON_CUDA])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("size", SIZES)
+def test_sizes_of_training_against_float64(size, dtype, head_dim, device):
+    torch.manual_seed(0)
+    case = SIZES[size](head_dim)
+    pairs = draw(case, dtype, device, pairs=True)
+    cotangent = torch.randn_like(pairs[0])
+    expected = first_order(reference_pair, wide(pairs), case.window, cotangent)
+    for variant in ("alone", "saved", "known"):
+        actual = first_order(pair_of(variant, expected), pairs, case.window, cotangent)
+        assert_near(actual, expected, dtype)
+    tensors = [x[0].detach().requires_grad_() for x in pairs[:3]] + pairs[3:]
+    arguments = (case.window, cotangent[0])
+    actual = first_order(swa_attention, tensors, *arguments)
+    assert_near(actual, first_order(swa_attention_reference, wide(tensors), *arguments), dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_heads_wider_than_128(dtype, device):
+    torch.manual_seed(0)
+    case = Case(1, 19, 1, 1, 160, 9, 8)
+    pairs = draw(case, dtype, device, pairs=True)
+    cotangent = torch.randn_like(pairs[0])
+    expected = first_order(reference_pair, wide(pairs), case.window, cotangent)
+    assert_near(first_order(pair_of("alone", None), pairs, case.window, cotangent), expected, dtype)
 
 
 @pytest.mark.parametrize("device", [ON_CUDA])
