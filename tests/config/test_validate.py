@@ -72,7 +72,6 @@ def resolve(tmp_path):
         ["fp8.recipe=delayed", "fp8.scaling=row", "training.precision=fp8"],
         ["fp8.backend=transformer_engine", "fp8.scaling=row", "training.precision=fp8"],
         ["fp8.backend=transformer_engine", "training.device=cpu", "training.precision=fp8"],
-        ["fp8.backend=transformer_engine", "fp8.recipe=delayed", "training.precision=fp8"],
         [
             "fp8.backend=transformer_engine",
             "parallel.context_order=zigzag",

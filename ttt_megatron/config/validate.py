@@ -414,11 +414,6 @@ def transformer_engine_lacks(config: RunConfig) -> str | None:
         return "has no scales by rows, and fp8.scaling = row"
     if config.training.cuda_graphs:
         return "rounds weights call by call, which training.cuda_graphs = true would not repeat"
-    if config.fp8.recipe == "delayed":
-        return (
-            "moves its scales within a step, so that a recomputed chunk would not be what it was, "
-            "and fp8.recipe = delayed"
-        )
     if config.parallel.context_order == "zigzag":
         return "cannot put weights' gradients off, as parallel.context_order = zigzag does"
     return None

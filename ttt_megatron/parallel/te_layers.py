@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ttt_kernels
+from ttt_kernels.fp8_linear.float8 import E4M3, fitting_exponent, largest, power_of_two
+from ttt_kernels.fp8_linear.scaling import DelayedScaling, Role
 
 _TOKENS = 16
 """Its kernels take multiples of this many rows."""
@@ -57,10 +59,19 @@ def _availability(module: Any) -> tuple[bool, str]:
     return found
 
 
-def _autocast(module: Any) -> AbstractContextManager[None]:
-    """float8 with scales of the tensors at hand, e4m3 forwards and e5m2 backwards."""
+def _autocast(module: Any, delayed: bool) -> AbstractContextManager[None]:
+    """float8, e4m3 forwards and e5m2 backwards, with scales of the tensors at hand or given ones.
+
+    Given ones are those of its delayed scaling, of which it may keep no history: it is set before
+    every use.
+    """
     recipes = importlib.import_module("transformer_engine.common.recipe")
-    recipe = recipes.Float8CurrentScaling(fp8_format=recipes.Format.HYBRID)
+    hybrid = recipes.Format.HYBRID
+    recipe = (
+        recipes.DelayedScaling(fp8_format=hybrid, amax_history_len=1, reduce_amax=False)
+        if delayed
+        else recipes.Float8CurrentScaling(fp8_format=hybrid)
+    )
     context: AbstractContextManager[None]
     if hasattr(module, "autocast"):
         context = module.autocast(enabled=True, recipe=recipe)
@@ -69,18 +80,49 @@ def _autocast(module: Any) -> AbstractContextManager[None]:
     return context
 
 
+_FORWARD, _BACKWARD = "scaling_fwd", "scaling_bwd"
+_INPUT, _WEIGHT, _COTANGENT = 0, 1, 0
+"""Where its layers keep the scales of what they multiply."""
+
+
+def _set_scale(layer: Any, pass_: str, place: int, power: Tensor) -> None:
+    """In place: the layer's quantizers hold views."""
+    layer.fp8_meta[pass_].scale[place].copy_(power)
+
+
+class _ScaledCotangent(torch.autograd.Function):
+    """A layer's output as it is; gives the layer its cotangent's scale just before it needs it."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, layer: Any, scaling: DelayedScaling, role: Role) -> Tensor:
+        ctx.to = layer, scaling, role
+        return out.view_as(out)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
+        layer, scaling, role = ctx.to
+        amax = largest(cotangent.flatten(0, -2), False)
+        _set_scale(layer, _BACKWARD, _COTANGENT, scaling.power(amax, role))
+        return cotangent, None, None, None
+
+
 class TransformerEngineProduct(nn.Module):
     """What a static linear layer multiplies by, in TransformerEngine's hands.
 
     The layer's own weights and their cut over processes stay as they are; TransformerEngine is
     given them call by call, and rounds them each time. What the forward sweep kept is not used: its
     layers compute both halves of a pair, and all gradients.
+
+    Delayed scales are `scaling`'s, by role, and constant within a step. TransformerEngine moves
+    its own whenever an autocast ends, so that a chunk computed again would not be what it was.
     """
 
-    def __init__(self, layer: Any) -> None:
-        """Raises NoTransformerEngineError."""
+    def __init__(self, layer: Any, scaling: DelayedScaling | None = None) -> None:
+        """Without `scaling`, scales are of the tensors at hand. Raises NoTransformerEngineError."""
         super().__init__()
         self._module = transformer_engine()
+        self.scaling = scaling
         # In a tuple they are no submodules: their weights are none of the model's.
         self._layers = tuple(
             self._module.Linear(
@@ -100,7 +142,9 @@ class TransformerEngineProduct(nn.Module):
 
     def forward(self, x: Tensor, weight: Tensor) -> Tensor:
         """x @ weightᵀ: [..., in], [out, in] → [..., out]."""
-        return self._run(self._layers[0], x, weight)
+        forms_weight = weight.requires_grad and torch.is_grad_enabled()
+        adjoint: Role = "cotangent" if forms_weight else "adjoint"
+        return self._run(self._layers[0], x, weight, "input", adjoint)
 
     def pair(
         self,
@@ -110,20 +154,35 @@ class TransformerEngineProduct(nn.Module):
         dot_adjoint: Tensor | None = None,
     ) -> Tensor:
         """The same of a value and its tangent: [2, ..., in], [out, in] → [2, ..., out]."""
-        halves = zip(self._layers, pair.unbind(0), strict=True)
-        return torch.stack([self._run(layer, half, weight) for layer, half in halves])
+        of_value, of_tangent = self._layers
+        value = self._run(of_value, pair[0], weight, "input", "cotangent")
+        tangent = self._run(of_tangent, pair[1], weight, "tangent", "tangent_cotangent")
+        return torch.stack((value, tangent))
 
-    def _run(self, layer: Any, x: Tensor, weight: Tensor) -> Tensor:
+    def _run(self, layer: Any, x: Tensor, weight: Tensor, role: Role, adjoint: Role) -> Tensor:
         if ttt_kernels.uses_plain_definitions():
             raise ValueError("TransformerEngine's products have no plain definition")
         rows = x.reshape(-1, x.shape[-1])
         padded = F.pad(rows, (0, 0, 0, -len(rows) % _TOKENS))
-        own = layer._parameters["weight"]
+        own, scaling = layer._parameters["weight"], self.scaling
         # It takes weights of its input's dtype alone.
         layer._parameters["weight"] = weight.to(x.dtype)
         try:
-            with _autocast(self._module):
+            with _autocast(self._module, scaling is not None):
+                if scaling is not None:
+                    self._give_scales(layer, scaling, rows.detach(), weight.detach(), role)
                 out: Tensor = layer(padded)
         finally:
             layer._parameters["weight"] = own
+        if scaling is not None and out.requires_grad:
+            out = _ScaledCotangent.apply(out, layer, scaling, adjoint)
         return out[: len(rows)].view(*x.shape[:-1], out.shape[-1])
+
+    def _give_scales(
+        self, layer: Any, scaling: DelayedScaling, rows: Tensor, weight: Tensor, role: Role
+    ) -> None:
+        # Makes the tensors of scales, the first time.
+        layer.init_fp8_metadata(num_gemms=1)
+        _set_scale(layer, _FORWARD, _INPUT, scaling.power(largest(rows, False), role))
+        of_weight = power_of_two(fitting_exponent(largest(weight, False), E4M3))
+        _set_scale(layer, _FORWARD, _WEIGHT, of_weight)

@@ -44,7 +44,7 @@ def float8_products(config: RunConfig) -> Products | None:
     if config.training.precision != "fp8":
         return None
     if float8_backend(config) == "transformer_engine":
-        return TransformerEngineProduct
+        return partial(_transformer_engine_product, config.fp8)
     _require_tensor_cores(config)
     return partial(_product, config.fp8)
 
@@ -68,6 +68,15 @@ def float8_backend(config: RunConfig) -> str:
             "or auto for what there is"
         ) from None
     return "transformer_engine"
+
+
+def _transformer_engine_product(
+    settings: Float8Config, layer: nn.Module
+) -> TransformerEngineProduct:
+    delayed = settings.recipe == "delayed"
+    return TransformerEngineProduct(
+        layer, DelayedScaling(steps=settings.history) if delayed else None
+    )
 
 
 def _product(settings: Float8Config, layer: nn.Module) -> Float8Product:
@@ -106,7 +115,7 @@ class Float8Scales:
         self._delayed: dict[int, DelayedScaling] = {
             places.index(name): product.scaling
             for name, product in self._products.items()
-            if isinstance(product, Float8Product) and isinstance(product.scaling, DelayedScaling)
+            if isinstance(product.scaling, DelayedScaling)
         }
         self._device = next(learners[0].parameters()).device
         self.history: Tensor | None = None

@@ -15,6 +15,7 @@ from ttt_kernels.fp8_linear.float8 import (
     Float8,
     History,
     fitting_exponent,
+    power_of_two,
     round_sides,
 )
 
@@ -97,6 +98,17 @@ class DelayedScaling(CurrentScaling):
         return round_sides(
             x.detach(), DTYPES[role], straight=straight, turned=turned, history=history
         )
+
+    def power(self, amax: Tensor, role: Role) -> Tensor:
+        """The scale [] of a tensor of this role whose largest absolute value is amax, []: float32.
+
+        For roundings done elsewhere. amax counts as seen; the scale is NaN where it is not finite.
+        """
+        place = ROLES.index(role)
+        seen = torch.where(amax.isfinite(), amax, 0).to(self.pending)
+        self.pending[place].copy_(torch.maximum(self.pending[place], seen))
+        known, fitting = self.exponents[place], fitting_exponent(amax, DTYPES[role])
+        return power_of_two(torch.where(known == _NONE, fitting, known)) + amax * 0
 
     def begin(self) -> None:
         """Forget what was seen since `advance`: passes that train nothing, as evaluations."""
