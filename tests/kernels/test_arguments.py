@@ -4,10 +4,13 @@ import pytest
 import torch
 
 from ttt_kernels import (
+    CurrentScaling,
     add_scaled_,
     clip_factor,
     fast_linear,
     fast_linear_pair,
+    fp8_linear,
+    fp8_linear_pair,
     linear,
     linear_cross_entropy,
     linear_cross_entropy_pair,
@@ -48,6 +51,8 @@ FITTING = {
         floats(2, B, T, WIDTH), floats(B, OUT, WIDTH), floats(B, OUT, WIDTH),
         floats(B, T, OUT), floats(B, T, WIDTH),
     ),
+    fp8_linear: lambda: (floats(B, 16, 32), floats(16, 32), CurrentScaling()),
+    fp8_linear_pair: lambda: (floats(2, B, 16, 32), floats(16, 32), CurrentScaling()),
     rms_norm: lambda: (floats(B, T, WIDTH), floats(WIDTH), 1e-2),
     rms_norm_pair: lambda: (floats(2, B, T, WIDTH), floats(WIDTH), 1e-2),
     swiglu: lambda: (floats(B, T, WIDTH),),
@@ -118,6 +123,9 @@ WRONG_SHAPES = [
     (fast_linear_pair, 2, (B, WIDTH, OUT), r"direction must be \[2, 4, 6\].*\[2, 6, 4\]"),
     (fast_linear_pair, 3, (B, T, WIDTH), r"primal must be \[2, 5, 4\]"),
     (fast_linear_pair, 4, (B, T, OUT), r"dot_adjoint must be \[2, 5, 6\]"),
+    (fp8_linear, 0, (B, 16), "last axis is 16 long.*takes 32"),
+    (fp8_linear, 1, (32,), r"weight must be \[out, in\]"),
+    (fp8_linear_pair, 0, (3, B, 16, 32), "length is 2, not 3"),
     (rms_norm, 1, (WIDTH + 1,), r"gain must be \[6\].*\[7\]"),
     (rms_norm, 0, (), r"x must be \[..., H\]"),
     (rms_norm_pair, 0, (B + 1, T, WIDTH), "length is 2, not 3"),

@@ -12,13 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ttt_kernels.arguments import check_axes, check_floats, check_pair, check_shape
 from ttt_kernels.deferred import Receiver, receiver
 from ttt_kernels.fp8_linear import reference
 from ttt_kernels.fp8_linear.float8 import ALIGNMENT, Float8, multiply
 from ttt_kernels.fp8_linear.scaling import CurrentScaling, DelayedScaling, Role
 from ttt_kernels.mode import uses_plain_definitions
-
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -160,9 +159,10 @@ class _Fp8LinearPair(torch.autograd.Function):
         return grad, dweight, None, None, None, None, None
 
 
-def _refuse_unfit(x: Tensor, weight: Tensor) -> None:
-    if x.dtype not in _FLOATS:
-        raise TypeError(f"a float8 linear map takes floating-point input, not {x.dtype}")
+def _refuse_unfit(name: str, x: Tensor, weight: Tensor, **others: Tensor | None) -> None:
+    check_floats(**{name: x, "weight": weight, **others})
+    check_axes(name, x, "[..., in]", 1)
+    check_axes("weight", weight, "[out, in]", 2)
     if x.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"the input's last axis is {x.shape[-1]} long, and the weight {list(weight.shape)} "
@@ -185,7 +185,7 @@ def fp8_linear(
     Raises ValueError if shapes do not fit, or a plain definition (`plain_definitions`) is asked
     for of delayed scaling: what it rounds has no role.
     """
-    _refuse_unfit(x, weight)
+    _refuse_unfit("x", x, weight)
     if uses_plain_definitions():
         if isinstance(scaling, DelayedScaling):
             raise ValueError(
@@ -216,7 +216,10 @@ def fp8_linear_pair(
     Shapes: pair [2, ..., in], weight [out, in] → [2, ..., out]; primal [..., out] and
     dot_adjoint [..., in] (the known cotangent of the input's tangent) are optional.
     """
-    _refuse_unfit(pair, weight)
+    _refuse_unfit("pair", pair, weight, primal=primal, dot_adjoint=dot_adjoint)
+    check_pair("pair", pair, "[2, ..., tokens, in]", 3)
+    check_shape("primal", primal, (*pair.shape[1:-1], weight.shape[0]))
+    check_shape("dot_adjoint", dot_adjoint, pair.shape[1:])
     put_off = receiver(pair, weight)
     result: Tensor = _Fp8LinearPair.apply(
         pair,
