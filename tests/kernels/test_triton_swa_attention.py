@@ -173,6 +173,7 @@ LAYOUTS = {
     "last axis apart": lambda x: x.mT.contiguous().mT,
     "heads outermost": lambda x: x.transpose(-2, -3).contiguous().transpose(-2, -3),
     "one token for all": lambda x: x[..., :1, :, :].expand_as(x),
+    "one sequence for all": lambda x: x[..., :1, :, :, :].expand_as(x),
     "pairs innermost": lambda x: x.movedim(0, -2).contiguous().movedim(-2, 0),
 }
 
@@ -197,11 +198,12 @@ def laid_out(tensors, layout):
     ],
 )
 def test_any_layout(layout, dtype, device):
-    case = Case(1, 17, 2, 1, 16, 9, 8)
+    case = Case(2 if "sequence" in layout else 1, 17, 2, 1, 16, 9, 8)
     tensors = laid_out(draw(case, dtype, device), layout)
     cotangent = LAYOUTS[layout](torch.randn_like(tensors[0]))
     compare_first_order(tensors, case.window, dtype, cotangent)
-    if dtype == torch.float32:
+    # Equal keys leave most gradients of a pair nothing but rounding.
+    if dtype == torch.float32 and layout != "one token for all":
         pairs = laid_out(draw(case, dtype, device, pairs=True), layout)
         cotangent = LAYOUTS[layout](torch.randn_like(pairs[0]))
         compare_pair("saved", pairs, case.window, dtype, cotangent)

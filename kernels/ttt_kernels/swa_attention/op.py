@@ -1,7 +1,7 @@
 """`swa_attention` and `swa_attention_pair`: sliding-window attention, chosen by device.
 
-On CUDA Triton kernels run (`triton_path`), on CPU and for float64 tiles of matrix products
-(`torch_path`). Both visit only keys inside the window.
+On CUDA Triton kernels run (`triton_path`), on CPU, for float64 and for float32 with head dims
+beyond 64 tiles of matrix products (`torch_path`). Both visit only keys inside the window.
 """
 
 from types import ModuleType
@@ -14,6 +14,7 @@ from ttt_kernels.mode import uses_plain_definitions
 from ttt_kernels.swa_attention import torch_path
 from ttt_kernels.swa_attention.checks import check_arguments, check_reused
 from ttt_kernels.swa_attention.reference import swa_attention_reference
+from ttt_kernels.swa_attention.triton_tiles import LARGEST_SINGLE_WIDTH, padded_width
 from ttt_kernels.triton_launch import suits_triton
 
 
@@ -30,6 +31,12 @@ class KnownAdjoints(NamedTuple):
     q: Tensor
     k: Tensor
     v: Tensor
+
+
+def _runs_kernels(q: Tensor) -> bool:
+    """Whether Triton kernels take this; not float32 too wide for the registers of a program."""
+    wide_single = q.element_size() > 2 and padded_width(q.shape[-1]) > LARGEST_SINGLE_WIDTH
+    return suits_triton(q) and not wide_single
 
 
 def _kernels() -> ModuleType:
@@ -51,7 +58,7 @@ class _SwaAttention(torch.autograd.Function):
         window: int | None,
     ) -> tuple[Tensor, Tensor]:
         kept: list[Tensor | None] = []
-        if suits_triton(q):
+        if _runs_kernels(q):
             out, lse = _kernels().forward(q, k, v, past_k, past_v, window)
         else:
             out, lse, kept = torch_path.forward(q, k, v, past_k, past_v, window)
@@ -99,7 +106,7 @@ class _SwaAttentionGradient(torch.autograd.Function):
         ctx.window, ctx.want_past = window, want_past
         arguments = (q, k, v, past_k, past_v, window, *saved, d_out, want_past)
         grads: tuple[Tensor | None, ...]
-        if suits_triton(q):
+        if _runs_kernels(q):
             grads = _kernels().backward(*arguments)
         else:
             grads = torch_path.backward(*arguments, kept)
@@ -187,7 +194,7 @@ class _SwaAttentionPair(torch.autograd.Function):
         arguments = (q, k, v, past_k, past_v, window, saved)
         ctx.window, ctx.known, ctx.kept = window, known, None
         result: Tensor
-        if suits_triton(q):
+        if _runs_kernels(q):
             result, rows = _kernels().pair_forward(*arguments)
             ctx.save_for_backward(q, k, v, past_k, past_v, result, *rows)
         else:

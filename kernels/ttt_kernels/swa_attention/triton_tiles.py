@@ -45,10 +45,14 @@ _HALF = {
     (PAIR_DKV_PAST, 128): Tile(32, 128, 8, 2),
 }
 
-# Products of float32 run outside the tensor cores, on operands held in registers.
+# Products of float32 run outside the tensor cores, on operands held in registers: for exactness,
+# not for speed. Beyond 64 the compiler takes minutes and spills by the thousand.
 _SINGLE = Tile(16, 16, 4, 1)
+_SINGLE_PAIR_KEYS = Tile(16, 16, 8, 1, parts=2)
 _LARGE = Tile(16, 16, 4, 1, parts=2)
 LARGEST_WIDTH = 256
+LARGEST_SINGLE_WIDTH = 64
+"""Of float32."""
 
 
 def padded_width(head_dim: int) -> int:
@@ -58,8 +62,8 @@ def padded_width(head_dim: int) -> int:
 
 def tile_of(kernel: str, width: int, element_size: int) -> Tile:
     """The tile of a kernel at a padded head dim; `element_size` in bytes."""
+    if element_size > 2:
+        return _SINGLE_PAIR_KEYS if kernel.startswith("pair_dkv") else _SINGLE
     if width > 128:
         return _LARGE
-    if element_size > 2:
-        return _SINGLE
     return _HALF[kernel, max(width, 64)]
