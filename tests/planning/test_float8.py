@@ -27,6 +27,7 @@ from ttt_megatron.planning.estimate import Estimator
 from ttt_megatron.planning.hardware import NAMED
 from ttt_megatron.planning.layout import Layout, grids, problem
 from ttt_megatron.planning.memory import stage_memory
+from ttt_megatron.planning.report import heading, tables
 from ttt_megatron.planning.search import make_plan
 from ttt_megatron.planning.step_work import step_work
 
@@ -141,6 +142,14 @@ def test_scales_by_row_take_another_pass():
         for scaling in ("tensor", "row")
     )
     assert step_work(by_row).total.traffic > step_work(by_tensor).total.traffic
+
+
+def test_a_plan_tells_of_float8():
+    plan = make_plan(load_recipe(RECIPE, ["training.precision=fp8"]), NAMED["h200"], 1, top=1)
+    assert "989 TFLOP/s (1979 in float8)" in heading(plan)
+    text = "\n".join(map(str, tables(plan)))
+    assert "weights in float8 " in text
+    assert "s, weights to float8 " in text
 
 
 def test_what_float8_cannot_run_on_is_refused():
