@@ -125,19 +125,19 @@ def _expected(kind: Kind) -> tuple[dict[str, int], dict[str, int]]:
         if sequence:
             return (
                 {
-                    "allreduce": whole + 3 * tokens,
+                    "allreduce": whole + 4 * tokens,
                     "allgather": entered,
                     "reduce_scatter": inside * whole,
                 },
                 {"allgather": entered, "reduce_scatter": entered},
             )
-        return {"allreduce": entered + 3 * tokens}, {"allreduce": entered}
+        return {"allreduce": entered + 4 * tokens}, {"allreduce": entered}
     before, inside = 2 * (layers - suffix) + 1, 3 * suffix - 1
     steps, again = chunks - 1, 0
     if kind.inner.get("two_level"):
         again = steps - 1  # segments of one step, and only the last one's history was kept
-    small = 3 * tokens + steps * BATCH + BATCH + 1
-    small_back = steps * (5 * tokens // chunks + BATCH) + again * (3 * tokens // chunks + BATCH)
+    small = 4 * tokens + steps * BATCH + BATCH + 1
+    small_back = steps * (6 * tokens // chunks + BATCH) + again * (4 * tokens // chunks + BATCH)
     scattered = before * whole + (2 * steps + 1) * inside * chunk
     scattered_back = before * whole + (steps * (4 * inside + 1) + inside + 1) * chunk
     scattered_back += again * 2 * inside * chunk
