@@ -2,10 +2,10 @@
 
 import pytest
 from context_case import Case, run_in_parts, whole, worst_error
+from ranks import launch
 
 from ttt_megatron.errors import UserError
 from ttt_megatron.parallel.context import part_length
-from ttt_megatron.parallel.launcher import launch
 
 BOTH = {
     "two suffix blocks": Case(),

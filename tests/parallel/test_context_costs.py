@@ -6,12 +6,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from context_case import Case
+from ranks import launch
 
 from ttt_megatron.parallel.context import context_parts, own_tokens
 from ttt_megatron.parallel.context_links import ContextLinks, context_links
 from ttt_megatron.parallel.context_schedule import one_forward_one_backward
 from ttt_megatron.parallel.context_tasks import PartPasses, zigzag_order
-from ttt_megatron.parallel.launcher import launch
 
 MICRO_BATCHES = 3
 CASES = {

@@ -4,17 +4,18 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from context_case import SPLITS, Case, micro_batch
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from ranks import launch
 
 from ttt_megatron.config import OptimizerConfig, ParallelConfig
 from ttt_megatron.parallel.context import context_parts, own_tokens
 from ttt_megatron.parallel.context_links import ContextLinks, context_links
 from ttt_megatron.parallel.context_step import context_forward_backward, zigzag_forward_backward
-from ttt_megatron.parallel.launcher import launch
 from ttt_megatron.parallel.replica import replicate, settle_parameters, wait_for_parameters
 from ttt_megatron.parallel.standins import install_standins, megatron_scope
 from ttt_megatron.training.optimizer import build_optimizer
@@ -123,6 +124,7 @@ def _courses(context: int, kinds: list[tuple[ParallelConfig, str]]) -> list[Cour
         dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_three_steps_on_two_replicas_of_two_parts_equal_one_process() -> None:
     plain = ParallelConfig(data=2)
     overlapping = ParallelConfig(data=2, overlap_grad_reduce=True, overlap_param_gather=True)

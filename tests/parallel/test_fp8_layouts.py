@@ -9,12 +9,12 @@ from functools import partial
 
 import torch
 from parallel_course import BATCH, Course, Kind, courses, errors
+from ranks import launch
 
 from ttt_kernels import CurrentScaling
 from ttt_megatron.config import ParallelConfig
 from ttt_megatron.meta.learner import Learner
 from ttt_megatron.model.float8 import Float8Product, use_float8
-from ttt_megatron.parallel.launcher import launch
 
 BOUND = 1e-4
 # Widths of which two processes have multiples of 16 each.

@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from ranks import launch
 
 from ttt_megatron.config import InnerConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from ttt_megatron.data.stream import Batch
 from ttt_megatron.meta.learner import Learner
 from ttt_megatron.parallel.groups import Groups, process_groups
-from ttt_megatron.parallel.launcher import launch
 from ttt_megatron.parallel.replica import replicate, settle_parameters
 from ttt_megatron.training.optimizer import build_optimizer
 from ttt_megatron.training.passes import forward_backward

@@ -15,11 +15,11 @@ from parallel_course import (
     train,
     worst,
 )
+from ranks import launch
 
 from ttt_kernels import WeightGradients, putting_off
 from ttt_megatron.config import ParallelConfig
 from ttt_megatron.parallel.groups import process_groups
-from ttt_megatron.parallel.launcher import launch
 from ttt_megatron.parallel.replica import layer_slots
 from ttt_megatron.parallel.traffic import Traffic
 from ttt_megatron.training.weights import build_learner
@@ -101,7 +101,8 @@ def test_gradients_formed_later_are_the_same(two_parts) -> None:
         assert error < BOUND, (kind, name, error)
 
 
-@pytest.mark.parametrize("overlap", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("overlap", [False, True])
 def test_parts_of_several_replicas_too(overlap: bool) -> None:
     layout = ParallelConfig(
         tensor=2, data=2, overlap_grad_reduce=overlap, overlap_param_gather=overlap

@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import step_traffic
 from parallel_course import Course, Kind, under_layouts, worst
+from ranks import launch
 
 from ttt_megatron.config import ParallelConfig
 from ttt_megatron.parallel.groups import processes
-from ttt_megatron.parallel.launcher import launch
 
 BOUND = 1e-10
 CONTEXT = ParallelConfig(context=2, data=2)

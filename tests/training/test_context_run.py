@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from ranks import launch
 from small_run import small_run
 
 from ttt_megatron.cli.main import main
 from ttt_megatron.config import to_yaml
-from ttt_megatron.parallel.launcher import launch
 from ttt_megatron.training.callbacks.metrics_log import METRICS_FILE
 from ttt_megatron.training.checkpoint_folder import CHECKPOINTS
 from ttt_megatron.training.run import run_training

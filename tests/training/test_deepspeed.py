@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from ranks import launch
 from small_run import losses, small_run
 from torch import Tensor
 
@@ -17,7 +18,6 @@ from ttt_megatron.data.stream import Batch
 from ttt_megatron.errors import UserError
 from ttt_megatron.meta.learner import Learner
 from ttt_megatron.parallel.groups import Groups, layout, processes
-from ttt_megatron.parallel.launcher import launch
 from ttt_megatron.training.engines import build_engine
 from ttt_megatron.training.preflight import resolve_run
 from ttt_megatron.training.run import build_trainer, run_training

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from ranks import launch
 from small_run import losses, small_run
 from torch import Tensor
 
@@ -15,7 +16,6 @@ from ttt_kernels.fp8_linear.scaling import ROLES
 from ttt_megatron.config import ParallelConfig, RunConfig
 from ttt_megatron.errors import UserError
 from ttt_megatron.parallel.groups import layout, process_groups, processes
-from ttt_megatron.parallel.launcher import launch
 from ttt_megatron.training.callbacks.metrics_log import METRICS_FILE
 from ttt_megatron.training.checkpoint_folder import CHECKPOINTS
 from ttt_megatron.training.preflight import resolve_run

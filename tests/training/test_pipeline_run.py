@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from ranks import launch
 from small_run import small_run
 
 from ttt_megatron.config import RunConfig
 from ttt_megatron.parallel.groups import layout, processes
-from ttt_megatron.parallel.launcher import launch
 from ttt_megatron.training.callbacks.metrics_log import METRICS_FILE
 from ttt_megatron.training.checkpoint_folder import CHECKPOINTS
 from ttt_megatron.training.run import build_trainer, run_training

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from ranks import launch
 from small_run import losses, small_run
 
 from ttt_megatron.cli.main import main
 from ttt_megatron.config import ParallelConfig, RunConfig, to_yaml
 from ttt_megatron.errors import UserError
 from ttt_megatron.parallel.groups import layout, processes
-from ttt_megatron.parallel.launcher import launch
 from ttt_megatron.parallel.replica import layer_slots
 from ttt_megatron.training.checkpoint_folder import CHECKPOINTS
 from ttt_megatron.training.initial_weights import start_from
