@@ -66,6 +66,12 @@ def test_programs_read_the_renewed_copies(policy):
     assert abs(float(expected[2] - expected[0])) > 0.05
 
 
+def test_training_without_inner_steps_keeps_no_copies():
+    one = low(mode="off")
+    one(*batch()).loss.backward()
+    assert one.rounded.nbytes == 0
+
+
 class Casts(TorchDispatchMode):
     """Counts conversions of tensors of these shapes."""
 

@@ -112,6 +112,7 @@ def _before(config: RunConfig, learner: Learner, chunk: int, device: torch.devic
     rows = torch.randint(vocabulary, (1, length + 1), device=device)
     with torch.no_grad():
         entered = learner.run_prefix(rows[:, :-1], inner_steps=True)
+    learner.begin_sweeps()
     mask = torch.ones(1, length, dtype=torch.bool, device=device)
     weights = chunk_token_weights(mask, config.inner.chunk_size)
     problem = Problem(

@@ -1,6 +1,5 @@
 """A whole benchmark: ceilings, sections, files."""
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,13 +16,9 @@ from ttt_megatron.bench.tables import as_markdown
 STEM = "bench"
 
 
-def _to_stderr(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-def run_benchmark(options: Options, log: Callable[[str], None] = _to_stderr) -> Report:
+def run_benchmark(options: Options, log: Callable[[str], None]) -> Report:
     """Measures what is asked. Files are written after every group, so that what stops a run leaves
-    what it found; the picture comes last.
+    what it found; the picture comes last. `log` takes lines of progress.
 
     On a CPU everything runs on one thread, whose own seconds are counted.
     """

@@ -1,6 +1,7 @@
 """`ttt-megatron bench`: how fast kernels, inner steps, meta steps and sessions run here."""
 
 import argparse
+import sys
 from collections import Counter
 from typing import TYPE_CHECKING
 
@@ -79,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     from ttt_megatron.bench.run import failures, run_benchmark
 
     options = make_options(**vars(args))
-    report = run_benchmark(options)
+    report = run_benchmark(options, log=lambda line: print(line, file=sys.stderr, flush=True))
     _print(report)
     if options.compare is not None:
         from ttt_megatron.bench.comparison import compare

@@ -78,10 +78,12 @@ class Learner(nn.Module):
         """Take note of the weights as they are. The passes of this class do so by themselves."""
         for layer in float8_layers(self.model).values():
             layer.float8.begin_pass(layer.weight)
-        if self.model.suffix_blocks:
-            within = {id(slot.tensor) for slot in suffix_parameters(self.model)}
-            chosen = [w for w in self._static_matrices() if id(w) in within]
-            self.rounded.renew(chosen, self.compute_dtype)
+
+    def begin_sweeps(self) -> None:
+        """The same for passes with inner steps, which multiply by the suffix's chunk by chunk."""
+        within = {id(slot.tensor) for slot in suffix_parameters(self.model)}
+        chosen = [w for w in self._static_matrices() if id(w) in within]
+        self.rounded.renew(chosen, self.compute_dtype)
 
     def begin_reading(self, inner_steps: bool) -> None:
         """The same for a session, which multiplies by all weights token after token.
@@ -205,6 +207,7 @@ class Learner(nn.Module):
         weights = weights.to(torch.promote_types(self.compute_dtype, torch.float32))
         if not self.takes_steps(inner_steps):
             return self._plain(entered, targets, weights, logits_of, part)
+        self.begin_sweeps()
         length = targets.shape[1]
         rate = self.inner.lr if inner_lr is None else inner_lr
         problem = Problem(
