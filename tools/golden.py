@@ -10,14 +10,8 @@ from torch import Tensor
 
 from ttt_megatron.config.schema import InnerConfig, ModelConfig
 from ttt_megatron.errors import UserError
+from ttt_megatron.exchange import official_names
 from ttt_megatron.meta.learner import Learner
-
-BLOCK_NORMS = {
-    "seq_norm": "attention_norm",
-    "seq_post_norm": "attention_post_norm",
-    "ffn_norm": "mlp_norm",
-    "ffn_post_norm": "mlp_post_norm",
-}
 
 
 @dataclass
@@ -95,33 +89,7 @@ def load_weights(learner: Learner, weights: dict[str, Tensor]) -> None:
 
 def to_ours(golden: dict[str, Tensor], learner: Learner) -> dict[str, Tensor]:
     """Golden arrays by our parameters' names, in our layout ([out, in], fused qkv and fc1)."""
-    model = learner.model
-    ours = {"embedding.weight": golden["wte"], "final_norm.weight": golden["ln_f"]}
-    head_dim = model.head_dim
-    for layer in range(len(model.layers)):
-        block = {k.split(".")[1]: v[layer] for k, v in golden.items() if k.startswith("blocks.")}
-        top = f"layers.{layer}."
-        heads = [block[f"w{part}"].mT.unflatten(0, (-1, head_dim)) for part in "qkv"]
-        ours[f"{top}self_attention.linear_qkv.weight"] = torch.stack(heads, 1).flatten(0, 2)
-        ours[f"{top}self_attention.linear_proj.weight"] = block["wo"].mT
-        ours[f"{top}self_attention.q_layernorm.weight"] = block["q_norm"]
-        ours[f"{top}self_attention.k_layernorm.weight"] = block["k_norm"]
-        ours |= _mlp(f"{top}mlp", block)
-        ours |= {f"{top}{our}.weight": block[theirs] for theirs, our in BLOCK_NORMS.items()}
-        slot = layer - model.num_prefix_layers
-        if slot >= 0:
-            prime = {k.split(".")[1]: v[slot] for k, v in golden.items() if k.startswith("prime.")}
-            ours |= _mlp(f"{top}prime_mlp", prime)
-            ours[f"{top}prime_norm.weight"] = prime["norm"]
-            ours[f"{top}prime_post_norm.weight"] = prime["post_norm"]
-    return ours
-
-
-def _mlp(name: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {
-        f"{name}.linear_fc1.weight": torch.cat((weights["w1"].mT, weights["w3"].mT)),
-        f"{name}.linear_fc2.weight": weights["w2"].mT,
-    }
+    return official_names.to_ours(golden, learner.model.config)
 
 
 def fast_to_golden(fast: list[Tensor]) -> dict[str, Tensor]:

@@ -45,6 +45,8 @@ def test_published_sizes(size, total):
         {"tie_embeddings": False},
         {"num_suffix_layers": 0},
         {"prime_ffn_hidden_size": 40},
+        {"post_norm": False},
+        {"qk_norm": False, "num_kv_heads": 2},
     ],
 )
 def test_every_option_counts(options):

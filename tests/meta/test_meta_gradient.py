@@ -22,6 +22,8 @@ MODELS = {
     "full attention": {"window_size": None},
     "window of one chunk": {"window_size": 4},
     "prime MLP of another width": {"prime_ffn_hidden_size": 20},
+    "no norms after sublayers": {"post_norm": False},
+    "no norms of queries and keys": {"qk_norm": False, "post_norm": False},
 }
 INNER_LOOPS = {
     "some steps clipped": {},

@@ -40,6 +40,7 @@ TRAINED = [
     Kind(parallel=SEQUENCE, inner=TWO_LEVEL),
     Kind(parallel=SEQUENCE, inner={"mode": "first_order", "clip": 0.0}),
     Kind(parallel=SEQUENCE, model={"num_suffix_layers": 0}, inner=OFF),
+    Kind(parallel=SEQUENCE, model={"post_norm": False, "qk_norm": False}),
 ]
 COUNTED = [
     Kind(parallel=parallel, inner=inner)

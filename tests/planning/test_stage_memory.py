@@ -84,10 +84,12 @@ def test_history_of_two_levels():
 
 
 @pytest.mark.parametrize("size", ["125m", "3b"])
-@pytest.mark.parametrize("tie", [True, False])
-def test_parameters_of_all_processes_are_the_models(size, tie):
+@pytest.mark.parametrize(
+    "changes", [{}, {"tie_embeddings": False}, {"post_norm": False}, {"qk_norm": False}], ids=str
+)
+def test_parameters_of_all_processes_are_the_models(size, changes):
     config = load_recipe(RECIPES / size / "base.yaml")
-    config = replace(config, model=replace(config.model, tie_embeddings=tie))
+    config = replace(config, model=replace(config.model, **changes))
     counts = count_parameters(config.model)
     blocks = config.model.num_layers - config.model.num_suffix_layers
     assert stage_parameters(config, Layout(), blocks, True, True) == counts.total
@@ -97,7 +99,7 @@ def test_parameters_of_all_processes_are_the_models(size, tie):
     stages = Layout(pipeline=2)
     first = stage_parameters(config, stages, blocks - 1, True, False)
     last = stage_parameters(config, stages, 1, False, True)
-    copied = counts.embedding if tie else 0
+    copied = counts.embedding if config.model.tie_embeddings else 0
     assert first + last == counts.total + copied
 
 

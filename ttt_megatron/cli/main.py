@@ -18,6 +18,10 @@ COMMANDS = {
     "evaluate": ("ttt_megatron.cli.evaluate", "Measure held-out loss by token position."),
     "compare": ("ttt_megatron.cli.compare", "Put evaluations side by side."),
     "generate": ("ttt_megatron.cli.generate", "Read a prompt and continue it."),
+    "import": (
+        "ttt_megatron.cli.import_checkpoint",
+        "Bring a checkpoint of another implementation in.",
+    ),
     "config": ("ttt_megatron.cli.config", "Print a recipe, resolved, or the reference of keys."),
     "bench": ("ttt_megatron.cli.bench", "Measure speed and memory, kernels to whole steps."),
     "plan": ("ttt_megatron.cli.plan", "Estimate memory, time and transfers of a run."),

@@ -24,13 +24,22 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises UserError for a file that cannot be read, recipes that extend one another in a circle,
     unknown keys, wrong types and impossible values.
     """
-    flat = _read_chain(Path(path))
+    config = build(named_keys(path, overrides))
+    validate(config, str(path))
+    return config
+
+
+def named_keys(path: str | Path | None, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The dotted keys that a recipe, those it extends, and overrides name, with checked values.
+
+    Without a path, those of the overrides alone. Raises UserError as `load_recipe` does, but for
+    values that are impossible together.
+    """
+    flat = {} if path is None else _read_chain(Path(path))
     for override in overrides:
         name, value = _parse_override(override)
         flat[name] = value
-    config = build(flat)
-    validate(config, str(path))
-    return config
+    return flat
 
 
 def _read_chain(path: Path) -> dict[str, Any]:

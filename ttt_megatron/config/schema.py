@@ -48,6 +48,14 @@ class ModelConfig:
     )
     rope_theta: float = setting(500_000.0, "Base of the rotary frequencies.")
     norm_eps: float = setting(1e-6, "Epsilon inside the root of RMSNorm.")
+    post_norm: bool = setting(
+        True,
+        "Normalise what attention and static MLP add to the stream; false for weights of models "
+        "that do not, such as Llama's (the prime MLP keeps its norm).",
+    )
+    qk_norm: bool = setting(
+        True, "Normalise queries and keys per head; false for weights of models that do not."
+    )
     tie_embeddings: bool = setting(True, "Use the embedding as the output head.")
     init_std: float = setting(0.02, "Standard deviation of the matrices at initialisation.")
     embedding_init_std: float | None = setting(None, "The embedding's; None equals init_std.")

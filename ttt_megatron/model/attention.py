@@ -1,4 +1,4 @@
-"""Self-attention with normalised queries and keys, and rotary positions."""
+"""Self-attention with rotary positions, its queries and keys normalised first (model.qk_norm)."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ttt_megatron.config.schema import ModelConfig
 from ttt_megatron.model import ops
 from ttt_megatron.model.ops import Operand
-from ttt_megatron.model.slots import Slots
+from ttt_megatron.model.slots import Slots, optional_norm
 
 
 class KV(NamedTuple):
@@ -26,7 +26,10 @@ The own ones are to be used as returned: gradients of whoever else sees them may
 
 
 class SelfAttention(nn.Module):
-    """Causal (windowed) self-attention; queries and keys RMS-normalised per head, then rotated."""
+    """Causal (windowed) self-attention; queries and keys RMS-normalised per head, then rotated.
+
+    Without model.qk_norm they are rotated as they are.
+    """
 
     def __init__(self, config: ModelConfig, slots: Slots) -> None:
         super().__init__()
@@ -36,8 +39,9 @@ class SelfAttention(nn.Module):
         self.window = config.window_size
         columns = (config.num_heads + 2 * num_kv_heads) * self.head_dim
         self.linear_qkv = slots.column(config.hidden_size, columns)
-        self.q_layernorm = slots.norm(self.head_dim, config.norm_eps)
-        self.k_layernorm = slots.norm(self.head_dim, config.norm_eps)
+        norm = optional_norm(config.qk_norm, slots)
+        self.q_layernorm = norm(self.head_dim, config.norm_eps)
+        self.k_layernorm = norm(self.head_dim, config.norm_eps)
         self.linear_proj = slots.row(config.num_heads * self.head_dim, config.hidden_size)
 
     def forward(

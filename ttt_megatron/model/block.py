@@ -1,6 +1,6 @@
 """One transformer block: attention, prime MLP where there is one, static MLP, each sandwiched.
 
-x ← x + norm(sublayer(norm(x)))
+x ← x + norm(sublayer(norm(x))); without model.post_norm, attention and static MLP lack the outer.
 """
 
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from ttt_megatron.model import ops
 from ttt_megatron.model.attention import KV, FindPast, SelfAttention
 from ttt_megatron.model.mlp import MLP, FastMLP, PrimeMLP
 from ttt_megatron.model.ops import Operand
-from ttt_megatron.model.slots import Slots
+from ttt_megatron.model.slots import Slots, optional_norm
 
 
 class Block(nn.Module):
@@ -19,9 +19,10 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, slots: Slots, *, prime: bool) -> None:
         super().__init__()
         width, eps = config.hidden_size, config.norm_eps
+        post_norm = optional_norm(config.post_norm, slots)
         self.attention_norm = slots.norm(width, eps)
         self.self_attention = SelfAttention(config, slots)
-        self.attention_post_norm = slots.norm(width, eps)
+        self.attention_post_norm = post_norm(width, eps)
         self.prime_mlp: PrimeMLP | None = None
         if prime:
             prime_width = config.prime_ffn_hidden_size or config.ffn_hidden_size
@@ -30,7 +31,7 @@ class Block(nn.Module):
             self.prime_post_norm = slots.norm(width, eps)
         self.mlp_norm = slots.norm(width, eps)
         self.mlp = MLP(width, config.ffn_hidden_size, slots)
-        self.mlp_post_norm = slots.norm(width, eps)
+        self.mlp_post_norm = post_norm(width, eps)
 
     def attend(
         self, x: Operand, rotation: Tensor, past: KV | FindPast | None

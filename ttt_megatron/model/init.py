@@ -25,14 +25,17 @@ def initialize(model: LanguageModel, config: ModelConfig, seed: int) -> None:
     models that share a layer share its initial value, and parts are parts of the same whole.
     """
     for name, parameter in model.named_parameters():
-        std = parameter_std(name, config)
-        if std == 0.0:
-            parameter.fill_(1.0)
-            continue
-        generator = torch.Generator().manual_seed(_stable_hash(f"{seed}/{name}"))
-        shape = model.slots.whole_shape(name, parameter.shape)
-        drawn = torch.randn(shape, generator=generator, dtype=torch.float32) * std
-        parameter.copy_(model.slots.take_part(name, drawn))
+        whole = draw(name, model.slots.whole_shape(name, parameter.shape), config, seed)
+        parameter.copy_(model.slots.take_part(name, whole))
+
+
+def draw(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> torch.Tensor:
+    """The initial value of a whole parameter of a `LanguageModel`, float32."""
+    std = parameter_std(name, config)
+    if std == 0.0:
+        return torch.ones(shape)
+    generator = torch.Generator().manual_seed(_stable_hash(f"{seed}/{name}"))
+    return torch.randn(shape, generator=generator, dtype=torch.float32) * std
 
 
 def _stable_hash(text: str) -> int:

@@ -30,10 +30,11 @@ def count_parameters(config: ModelConfig) -> ParameterCounts:
     attention = 2 * width * width + 2 * width * kv_width
     mlp = 3 * width * config.ffn_hidden_size
     prime = 3 * width * (config.prime_ffn_hidden_size or config.ffn_hidden_size)
+    gains = (4 if config.post_norm else 2) * width + (2 * head_dim if config.qk_norm else 0)
     return ParameterCounts(
         embedding=vocabulary * width,
         head=0 if config.tie_embeddings else vocabulary * width,
         blocks=layers * (attention + mlp),
         prime=suffix * prime,
-        norms=layers * (4 * width + 2 * head_dim) + suffix * 2 * width + width,
+        norms=layers * gains + suffix * 2 * width + width,
     )

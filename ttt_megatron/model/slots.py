@@ -66,6 +66,17 @@ class RMSNorm(nn.Module):
         return ops.rms_norm(x, self.weight, eps=self.eps)
 
 
+class NoNorm(nn.Module):
+    """What stands in a norm's place in models that lack it: no parameters, x as it is."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+
+    def forward(self, x: Operand) -> Operand:
+        """[..., width] → [..., width]."""
+        return x
+
+
 class Embedding(nn.Module):
     """Token embedding; weight [vocabulary, width]."""
 
@@ -112,3 +123,8 @@ class Slots:
     own_tokens: Callable[[Tensor], Tensor] = _same
     whole_shape: Callable[[str, torch.Size], torch.Size] = _same_shape
     take_part: Callable[[str, Tensor], Tensor] = _whole
+
+
+def optional_norm(wanted: bool, slots: Slots) -> Callable[[int, float], nn.Module]:
+    """The slots' norm, or none at all."""
+    return slots.norm if wanted else NoNorm

@@ -107,7 +107,7 @@ def transformer_config(
         # Batched, the interleaved schedule's messages get mixed up between two gloo processes.
         batch_p2p_comm=False,
         # A rank's gradient of these gains covers its own heads: finalize_model_grads sums them.
-        qk_layernorm=True,
+        qk_layernorm=model.qk_norm,
         # Layers are made on the CPU and left to the learner to fill.
         use_cpu_initialization=True,
         perform_initialization=False,

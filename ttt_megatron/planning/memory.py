@@ -134,13 +134,13 @@ def stage_parameters(
     """Parameters a process of a stage holds; gains, which are whole on every one, included."""
     model, s = config.model, sizes(config.model)
     matrices = float(blocks * (s.attention + s.mlp))
-    gains = blocks * (4 * s.width + 2 * s.width // model.num_heads)
+    gains = blocks * s.gains
     if first:
         matrices += s.head
     if last:
         layers = model.num_suffix_layers
         matrices += layers * (s.attention + s.mlp) + s.fast
-        gains += layers * (6 * s.width + 2 * s.width // model.num_heads) + s.width
+        gains += layers * (s.gains + 2 * s.width) + s.width
         if not (first and model.tie_embeddings):
             matrices += s.head
     return matrices / layout.tensor + gains
@@ -185,7 +185,9 @@ def _block(config: RunConfig, layout: Layout) -> float:
     matrices of attention and MLP are kept gathered.
     """
     width, ffn = config.model.hidden_size, config.model.ffn_hidden_size
-    elements = 2 * width + _split(layout, 4 * width, 6 * width + 3 * ffn)
+    # Without norms of queries and keys no less is kept: the values' memory is theirs too.
+    norms = 4 if config.model.post_norm else 2
+    elements = 2 * width + _split(layout, norms * width, 6 * width + 3 * ffn)
     return elements * element_bytes(config) - _spared(config, layout, 1, 1)
 
 
@@ -269,7 +271,8 @@ def _prefix(
     element, width = element_bytes(config), config.model.hidden_size
     block = _block(config, layout)
     entry = 1 if last and has_inner_steps(config) else 0
-    whole = (width + _split(layout, 2 * width, 6 * width)) * element * entry
+    norms = 2 if config.model.post_norm else 1
+    whole = (width + _split(layout, norms * width, 6 * width)) * element * entry
     whole -= _spared(config, layout, entry, 0)
     if config.training.recompute_prefix:
         kept = blocks * _split(layout, width, 0) * element + (block if blocks else 0)

@@ -83,21 +83,27 @@ class Sizes:
     saved: int
     saved_prime: int
     fast: int
+    gains: int
 
 
 def sizes(model: ModelConfig) -> Sizes:
-    """Matrix elements by kind of layer; `saved` are elements a block's products leave a token."""
+    """Matrix elements by kind of layer; `saved` are elements a block's products leave a token.
+
+    `gains` are those of one block's norms, the prime MLP's apart.
+    """
     width, ffn = model.hidden_size, model.ffn_hidden_size
     prime_ffn = model.prime_ffn_hidden_size or ffn
     kv_width = (model.num_kv_heads or model.num_heads) * (width // model.num_heads)
     prime = 3 * width * prime_ffn
+    post, heads = 2 * model.post_norm, 2 * model.qk_norm
     return Sizes(
         attention=2 * width * width + 2 * width * kv_width,
         mlp=3 * width * ffn,
         prime=prime,
         head=(model.vocab_size or 0) * width,
         width=width,
-        saved=12 * width + 3 * ffn,
+        saved=(8 + post + heads) * width + 3 * ffn,
         saved_prime=4 * width + 3 * prime_ffn,
         fast=prime * model.num_suffix_layers,
+        gains=(2 + post) * width + heads * (width // model.num_heads),
     )

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing import ShardedTensor, check_is_distributed_checkpoint
 from torch import nn
 
+from ttt_megatron.errors import UserError
 from ttt_megatron.parallel.groups import Groups
 from ttt_megatron.parallel.replica import is_second_copy
 from ttt_megatron.parallel.standins import megatron_scope
@@ -90,8 +91,13 @@ def load_checkpoint(parts: RunParts, checkpoint: Path) -> dict[str, Any]:
     """Restores parameters, optimizer and random state in place; returns the trainer's state.
 
     Collective; works under any layout, whichever the checkpoint was saved under. Raises UserError
-    if the checkpoint's parameters are not this model's.
+    if the checkpoint's parameters are not this model's, or it has no more than them.
     """
+    if not check_is_distributed_checkpoint(str(checkpoint / STATE)):
+        raise UserError(
+            f"{checkpoint} holds weights alone, as imported ones do: to train on from them, set "
+            f"training.init_from={checkpoint} and another training.output"
+        )
     parameters = parts.named_parameters()
     refuse_other_parameters(parts.groups.union(set(parameters)), checkpoint)
     wanted = {
