@@ -52,6 +52,9 @@ def test_prompts_from_a_file_and_from_stdin_are_the_same(
     stdin = io.TextIOWrapper(io.BytesIO((PROMPT + "é").encode()), encoding="ascii")
     monkeypatch.setattr(sys, "stdin", stdin)
     assert generate(capsys, trained_run, *options).out == from_file.out
+    stdin = io.TextIOWrapper(io.BytesIO((PROMPT + "é").encode()), encoding="ascii")
+    monkeypatch.setattr(sys, "stdin", stdin)
+    assert generate(capsys, trained_run, "--prompt-file", "-", *options).out == from_file.out
     other = generate(capsys, trained_run, "--prompt", PROMPT + "é", *options[:2], "--seed", "5")
     assert other.out != from_file.out
 

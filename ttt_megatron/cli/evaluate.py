@@ -78,14 +78,13 @@ def _choose_documents(
     from ttt_megatron.data.dataset import open_dataset
     from ttt_megatron.data.tokenizer import load_tokenizer
     from ttt_megatron.data.validation import validation_sequences
-    from ttt_megatron.training.checkpoint_folder import TOKENIZER
 
     dataset = open_dataset(args.data or model.config.data.path, "validation")
     tokenizer = load_tokenizer(dataset.path)
     for loaded in filter(None, (model, control)):
         if not _same(tokenizer, loaded.tokenizer):
             kind = loaded.tokenizer.kind
-            wanted = "bytes" if kind == "bytes" else loaded.checkpoint / TOKENIZER
+            wanted = "bytes" if kind == "bytes" else loaded.tokenizer_folder
             raise UserError(
                 f"{dataset.path} was prepared with another tokenizer than {loaded.checkpoint} was "
                 f"trained with: prepare it with --tokenizer {wanted}"

@@ -3,15 +3,13 @@
 import argparse
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ttt_megatron.cli.loaded_model import add_model_arguments, load_model
+from ttt_megatron.cli.reading import STDIN, open_session, rate, read_text, read_tokens
 from ttt_megatron.errors import UserError
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from ttt_megatron.data.tokenizer import Tokenizer
     from ttt_megatron.serving.sampling import Sampler
     from ttt_megatron.serving.session import Session
@@ -23,21 +21,28 @@ EPILOG = """examples:
   ttt-megatron generate runs/demo --prompt-file book.txt --temperature 0.8 --top-p 0.95
   cat notes.txt | ttt-megatron generate runs/demo --greedy --tokens 50
   ttt-megatron generate runs/demo --prompt-file book.txt --no-inner-steps
+  ttt-megatron generate runs/demo --state book.state --prompt 'In short, the book says'
 
 The text goes to stdout as it comes; progress and a summary go to stderr. The prompt is a document's
-beginning; generation ends early where the model opens a new document."""
+beginning; generation ends early where the model opens a new document.
 
-# Tokens read between two moves of the progress bar, at least.
-_PROGRESS_TOKENS = 1024
+With --state the document that `ttt-megatron read` read goes on: with the prompt, if one is given,
+and then as the model continues it. The file is not changed. It holds no text, so the repetition
+penalty counts the prompt and what is generated alone."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the subcommand's arguments to `parser`."""
     add_model_arguments(parser)
     prompt = parser.add_mutually_exclusive_group()
-    prompt.add_argument("--prompt", metavar="TEXT", help="what to continue (default: stdin)")
-    prompt.add_argument("--prompt-file", metavar="FILE", help="file of UTF-8 text to continue")
+    prompt.add_argument(
+        "--prompt", metavar="TEXT", help="what to continue (default: stdin; nothing with --state)"
+    )
+    prompt.add_argument(
+        "--prompt-file", metavar="FILE", help="file of UTF-8 text to continue; - is stdin"
+    )
     add = parser.add_argument
+    add("--state", metavar="STATE", help="go on from what `ttt-megatron read` saved")
     add("--tokens", type=int, default=256, metavar="N", help="at most (default: %(default)s)")
     add("--greedy", action="store_true", help="always the likeliest token (temperature 0)")
     add("--temperature", type=float, default=1.0, metavar="X", help="default: %(default)s")
@@ -68,7 +73,6 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from ttt_megatron.serving.sampling import Sampler, SamplingSettings
-    from ttt_megatron.serving.session import Session
 
     settings = SamplingSettings(
         temperature=0.0 if args.greedy else args.temperature,
@@ -77,20 +81,20 @@ def run(args: argparse.Namespace) -> int:
         repetition_penalty=args.repetition_penalty,
     )
     loaded = load_model(args.checkpoint, args.device)
-    session = Session(
-        loaded.learner,
-        inner_steps=False if args.no_inner_steps else None,
-        bos_id=loaded.tokenizer.bos_id,
-    )
-    sampler = Sampler(settings, args.seed, loaded.tokenizer.vocab_size)
-    prompt = torch.from_numpy(loaded.tokenizer.encode_document(text)).unsqueeze(0)
+    tokenizer = loaded.tokenizer
+    session = open_session(loaded, args.state, args.no_inner_steps)
+    went_on = f"went on from token {session.position:,} of {args.state}, " if args.state else ""
+    sampler = Sampler(settings, args.seed, tokenizer.vocab_size)
+    encode = tokenizer.encode_array if args.state else tokenizer.encode_document
+    prompt = torch.from_numpy(encode(text)).unsqueeze(0)
     sampler.observe(prompt, loaded.config.model.vocab_size or 0)
-    reading = _read(session, prompt, loaded.config.inner.chunk_size)
-    generated = _write(session, sampler, args.tokens, loaded.tokenizer)
+    reading = read_tokens(session, prompt, loaded.config.inner.chunk_size)
+    generated = _write(session, sampler, args.tokens, tokenizer)
     drift = float(session.drift[0])
     print(
-        f"read {reading}, generated {generated}; {session.steps_taken:,} inner steps, fast weights "
-        f"moved by {drift:.2%} of their norm; state {session.nbytes / 1e6:.3g} MB; "
+        f"{went_on}read {reading}, generated {generated}; "
+        f"{session.steps_taken:,} inner steps, fast weights moved by {drift:.2%} of their "
+        f"norm; state {session.nbytes / 1e6:.3g} MB; "
         f"kernels: {loaded.kernels}",
         file=sys.stderr,
     )
@@ -100,55 +104,9 @@ def run(args: argparse.Namespace) -> int:
 def _read_prompt(args: argparse.Namespace) -> str:
     if args.prompt is not None:
         return str(args.prompt)
-    source = args.prompt_file or "stdin"
-    try:
-        if args.prompt_file:
-            return Path(args.prompt_file).read_text(encoding="utf-8")
-        if sys.stdin.isatty():
-            print("type the prompt; Ctrl-D ends it", file=sys.stderr)
-        return sys.stdin.buffer.read().decode("utf-8")
-    except OSError as error:
-        raise UserError(f"prompt {source} cannot be read ({error.strerror}): give a file") from None
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"prompt {source} is not UTF-8 text (byte {error.start}): convert it first"
-        ) from None
-
-
-def _rate(tokens: int, seconds: float) -> str:
-    return f"{tokens:,} tokens at {tokens / max(seconds, 1e-9):,.0f} tokens/s"
-
-
-def _read(session: "Session", prompt: "Tensor", chunk_size: int) -> str:
-    """Reads the prompt under a progress bar; returns how much and how fast."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    stride = chunk_size * max(1, _PROGRESS_TOKENS // chunk_size)
-    console = Console(stderr=True)
-    start = time.perf_counter()
-    with Progress(
-        TextColumn("reading"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    ) as progress:
-        task = progress.add_task("reading", total=prompt.shape[1], rate="")
-        for piece in prompt.split(stride, dim=1):
-            session.prefill(piece)
-            rate = f"{session.position / (time.perf_counter() - start):,.0f} tokens/s"
-            progress.update(task, completed=session.position, rate=rate)
-    return _rate(session.position, time.perf_counter() - start)
+    if args.prompt_file is None and args.state is not None:
+        return ""
+    return read_text(args.prompt_file or STDIN, "prompt")
 
 
 def _write(session: "Session", sampler: "Sampler", count: int, tokenizer: "Tokenizer") -> str:
@@ -163,4 +121,4 @@ def _write(session: "Session", sampler: "Sampler", count: int, tokenizer: "Token
         made += 1
         print(stream.push(int(token)), end="", flush=True)
     print(stream.finish(), flush=True)
-    return _rate(made, time.perf_counter() - start)
+    return rate(made, time.perf_counter() - start)

@@ -16,23 +16,30 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedModel:
-    """What a checkpoint folder holds, the learner on the chosen device."""
+    """What a checkpoint or an exported folder holds, the learner on the chosen device."""
 
     learner: "Learner"
     config: "RunConfig"
     info: "CheckpointInfo"
     tokenizer: "Tokenizer"
 
+    tokenizer_folder: Path
+
     @property
     def checkpoint(self) -> Path:
-        """The checkpoint's folder."""
+        """The checkpoint's or exported folder."""
         return Path(self.info.path)
 
     @property
     def run_folder(self) -> Path:
-        """The folder of its run, or, for a checkpoint moved elsewhere, the one it lies in."""
+        """The folder of its run, or, for a checkpoint moved elsewhere, the one it lies in.
+
+        An exported folder is its own.
+        """
         from ttt_megatron.training.checkpoint_folder import CHECKPOINTS
 
+        if self.tokenizer_folder == self.checkpoint:
+            return self.checkpoint
         parent = self.checkpoint.parent
         return parent.parent if parent.name == CHECKPOINTS else parent
 
@@ -46,11 +53,11 @@ class LoadedModel:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds CHECKPOINT_OR_RUN and --device."""
+    """Adds MODEL and --device."""
     parser.add_argument(
         "checkpoint",
-        metavar="CHECKPOINT_OR_RUN",
-        help="a checkpoint's folder, or a run's folder (its newest complete checkpoint)",
+        metavar="MODEL",
+        help="a checkpoint's folder, a run's (its newest complete checkpoint), or an exported one",
     )
     parser.add_argument(
         "--device",
@@ -61,20 +68,26 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def load_model(path: str, device: str) -> LoadedModel:
-    """Loads a checkpoint; UserError if there is none, or no such device."""
+    """Loads a checkpoint or an exported folder; UserError if there is none, or no such device."""
     if not Path(path).is_dir():
-        raise UserError(f"{path} is no folder: give a run's folder or one of its checkpoints")
+        raise UserError(f"{path} is no folder: give a run's, one of its checkpoints, or an export")
     import torch
 
     from ttt_megatron.data.tokenizer import load_tokenizer
+    from ttt_megatron.exchange.exported import is_exported, load_exported
     from ttt_megatron.training.checkpoint_folder import TOKENIZER
     from ttt_megatron.training.weights import load_learner
 
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no CUDA device; use --device cpu")
     chosen = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
-    learner, config, info = load_learner(path)
-    tokenizer = load_tokenizer(Path(info.path) / TOKENIZER)
+    if is_exported(Path(path)):
+        learner, config, info = load_exported(Path(path))
+        tokenizer_folder = Path(info.path)
+    else:
+        learner, config, info = load_learner(path)
+        tokenizer_folder = Path(info.path) / TOKENIZER
+    tokenizer = load_tokenizer(tokenizer_folder)
     rows = learner.model.config.vocab_size or 0
     if tokenizer.vocab_size > rows:
         raise UserError(
@@ -82,5 +95,9 @@ def load_model(path: str, device: str) -> LoadedModel:
             "train with model.vocab_size of at least the tokenizer's"
         )
     return LoadedModel(
-        learner=learner.to(chosen).eval(), config=config, info=info, tokenizer=tokenizer
+        learner=learner.to(chosen).eval(),
+        config=config,
+        info=info,
+        tokenizer=tokenizer,
+        tokenizer_folder=tokenizer_folder,
     )

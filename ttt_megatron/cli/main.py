@@ -18,10 +18,12 @@ COMMANDS = {
     "evaluate": ("ttt_megatron.cli.evaluate", "Measure held-out loss by token position."),
     "compare": ("ttt_megatron.cli.compare", "Put evaluations side by side."),
     "generate": ("ttt_megatron.cli.generate", "Read a prompt and continue it."),
+    "read": ("ttt_megatron.cli.read", "Read a document once and save what was learnt from it."),
     "import": (
         "ttt_megatron.cli.import_checkpoint",
         "Bring a checkpoint of another implementation in.",
     ),
+    "export": ("ttt_megatron.cli.export", "Write a checkpoint for transformers to load."),
     "config": ("ttt_megatron.cli.config", "Print a recipe, resolved, or the reference of keys."),
     "bench": ("ttt_megatron.cli.bench", "Measure speed and memory, kernels to whole steps."),
     "plan": ("ttt_megatron.cli.plan", "Estimate memory, time and transfers of a run."),

@@ -31,7 +31,7 @@ def replacing(output: Path) -> Iterator[Path]:
         output.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     except OSError as error:
-        raise UserError(f"--output {output} cannot be written: {error}") from error
+        raise UserError(f"{output} cannot be written: {error}") from error
     try:
         yield folder
         folder.chmod(0o777 & ~_umask())

@@ -5,45 +5,27 @@ is that one's target. Then one clipped SGD step is taken on the chunk's loss. Ke
 as first computed. Tokens the model generated are read like any others.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ttt_kernels import RoundedWeights, using
+from ttt_megatron import __version__
+from ttt_megatron.hf.state_ttt_e2e import SequenceState, load_state, save_state
 from ttt_megatron.meta import inner_step
 from ttt_megatron.meta.forward_sweep import SweepState, new_report, step_through_chunk
 from ttt_megatron.meta.learner import Learner
 from ttt_megatron.meta.problem import Problem, chunk_token_weights
 from ttt_megatron.model.attention import KV
 from ttt_megatron.model.transformer import LanguageModel
+from ttt_megatron.serving.pending_chunk import PendingChunk
+from ttt_megatron.serving.session_state import BaseModel, refuse_misfits
 from ttt_megatron.serving.stream_kv import StreamKV
 
 # What no fast weight can reach runs over whole chunks together, up to about this many tokens.
 _SPAN_TOKENS = 1024
-
-
-@dataclass(frozen=True)
-class _PendingChunk:
-    """The part of the current chunk that was read.
-
-    tokens [b, k] int64; entered [b, k, H] the output of `enter_suffix`; start: the absolute
-    position of the chunk's first token.
-    """
-
-    start: int
-    tokens: Tensor
-    entered: Tensor
-
-    @property
-    def length(self) -> int:
-        return self.tokens.shape[1]
-
-    def extended(self, tokens: Tensor, entered: Tensor) -> "_PendingChunk":
-        """With more tokens read."""
-        return _PendingChunk(
-            self.start, torch.cat((self.tokens, tokens), 1), torch.cat((self.entered, entered), 1)
-        )
 
 
 class Session:
@@ -51,6 +33,7 @@ class Session:
 
     The state is constant in the number of tokens read: the window of every layer, the fast
     weights, the chunk that is not full yet. (Full attention, `window_size` None, keeps all.)
+    None of its tensors holds a graph, and no row depends on another.
 
     Attributes:
         batch: sequences.
@@ -81,23 +64,21 @@ class Session:
         self._learner = learner
         self._bos_id = bos_id
         self._settings = learner.settings(learner.inner.lr, learner.inner.chunk_size)
+        self._base = BaseModel(learner, bos_id)
         learner.begin_reading(self.inner_steps)
         self.reset()
 
     def reset(self) -> None:
         """Forget everything read: initial fast weights, empty caches, position 0."""
-        model, window = self._model, self._model.config.window_size
-        num_blocks = model.config.num_layers
-        later = max(model.config.num_suffix_layers - 1, 0) if self.inner_steps else 0
+        config = self._model.config
+        later = max(config.num_suffix_layers - 1, 0) if self.inner_steps else 0
         self.position = 0
         self.steps_taken = 0
-        self.fast_weights: list[Tensor] = []
-        if self.inner_steps:
-            self.fast_weights = inner_step.for_sequences(self._initial_weights(), self.batch)
-        self._rounded_fast, self._fast_moved = RoundedWeights(), True
-        self._early_kv = StreamKV(num_blocks - later, window)
-        self._later_kv = StreamKV(later, window)
-        self._pending: _PendingChunk | None = None
+        initial = self._initial_weights() if self.inner_steps else []
+        self._set_fast_weights(inner_step.for_sequences(initial, self.batch))
+        self._early_kv = StreamKV(config.num_layers - later, config.window_size)
+        self._later_kv = StreamKV(later, config.window_size)
+        self._pending: PendingChunk | None = None
         self._last_hidden: Tensor | None = None
 
     def clone(self) -> "Session":
@@ -105,10 +86,105 @@ class Session:
         twin = Session.__new__(Session)
         twin.__dict__.update(self.__dict__)
         # Inner steps move the fast weights in place; all other tensors are only ever replaced.
-        twin.fast_weights = [w.clone() for w in self.fast_weights]
-        twin._rounded_fast, twin._fast_moved = RoundedWeights(), True
+        twin._set_fast_weights([w.clone() for w in self.fast_weights])
         twin._early_kv, twin._later_kv = self._early_kv.copy(), self._later_kv.copy()
         return twin
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep these rows of the batch, in this order; one named twice goes on as two.
+
+        Raises ValueError for no rows, IndexError for one that is not there.
+        """
+        if not rows:
+            raise ValueError("no rows: a session keeps at least one")
+        if min(rows) < 0 or max(rows) >= self.batch:
+            raise IndexError(f"rows {list(rows)} of a session of {self.batch}")
+        index = torch.tensor(list(rows), device=self._model.head_weight.device)
+        self.batch = len(rows)
+        self._set_fast_weights([w.index_select(0, index) for w in self.fast_weights])
+        self._early_kv.select(index)
+        self._later_kv.select(index)
+        if self._pending is not None:
+            self._pending = self._pending.selected(index)
+        if self._last_hidden is not None:
+            self._last_hidden = self._last_hidden.index_select(0, index)
+
+    def state(self, row: int = 0) -> SequenceState:
+        """All that reading left behind in one row, in tensors of its own, on their device.
+
+        Raises ValueError if nothing was read.
+        """
+        if self._last_hidden is None:
+            raise ValueError("the session has read nothing yet")
+        last_hidden = self._last_hidden[row].clone()
+        tokens = torch.empty(0, dtype=torch.int64, device=last_hidden.device)
+        entered = last_hidden.new_empty(0, len(last_hidden))
+        if self._pending is not None:
+            tokens, entered = self._pending.tokens[row], self._pending.entered[row]
+        return SequenceState(
+            position=self.position,
+            steps=self.steps_taken,
+            fast=[w[row].clone() for w in self.fast_weights],
+            kv=[
+                (kv.k[row].clone(), kv.v[row].clone())
+                for kv in (*self._early_kv.entries, *self._later_kv.entries)
+            ],
+            pending_tokens=tokens.clone(),
+            pending_entered=entered.clone(),
+            last_hidden=last_hidden,
+        )
+
+    def restore(self, states: Sequence[SequenceState]) -> None:
+        """Go on where these sequences stood, one a row, whatever the session held before.
+
+        What is read next gives the bits it would have given in the session the states are from,
+        if that had the same rows. Raises StateError if a state is not of this model's shapes,
+        of the other kind of session (with or without inner steps), or at another position than
+        the first; the session is as it was then.
+        """
+        refuse_misfits(states, self._learner, self.inner_steps)
+        first, device = states[0], self._model.head_weight.device
+
+        def rows(tensors: Iterable[Tensor]) -> Tensor:
+            return torch.stack([x.detach().to(device) for x in tensors])
+
+        self.batch, self.position, self.steps_taken = len(states), first.position, first.steps
+        self._set_fast_weights([rows(w) for w in zip(*(s.fast for s in states), strict=True)])
+        kv = [
+            KV(rows(k for k, _ in layer), rows(v for _, v in layer))
+            for layer in zip(*(s.kv for s in states), strict=True)
+        ]
+        held, early = len(first.pending_tokens), self._early_kv.num_blocks
+        self._early_kv.restore(kv[:early], 0)
+        self._later_kv.restore(kv[early:], held)
+        self._pending = None
+        if held:
+            tokens = rows(s.pending_tokens for s in states)
+            entered = rows(s.pending_entered for s in states)
+            self._pending = PendingChunk(self.position - held, tokens, entered)
+        self._last_hidden = rows(s.last_hidden for s in states)
+
+    def save(
+        self, path: str | Path, row: int = 0, *, change: str = "exact"
+    ) -> dict[str, float | int | str]:
+        """Write one row's state to a file; `change` and what is returned are `save_state`'s."""
+        return save_state(
+            path,
+            self.state(row),
+            base=self._base.hash,
+            initial=self._initial_weights(),
+            change=change,
+            created_by=f"ttt-megatron {__version__}",
+        )
+
+    def load(self, *paths: str | Path) -> None:
+        """`restore` from files, one a row.
+
+        Raises StateError, also for a file that is damaged or belongs to another model.
+        """
+        initial, dtype = self._initial_weights(), self._learner.compute_dtype
+        base = self._base.hash
+        self.restore([load_state(p, base=base, initial=initial, dtype=dtype) for p in paths])
 
     @torch.no_grad()
     def read(self, tokens: Tensor) -> Tensor:
@@ -163,6 +239,10 @@ class Session:
 
     def _initial_weights(self) -> list[Tensor]:
         return [w.detach() for w in inner_step.flatten(self._model.initial_fast_weights())]
+
+    def _set_fast_weights(self, weights: list[Tensor]) -> None:
+        self.fast_weights = weights
+        self._rounded_fast, self._fast_moved = RoundedWeights(), True
 
     def _read(self, tokens: Tensor, logits: list[Tensor] | None) -> None:
         tokens = self._checked(tokens)
@@ -220,7 +300,7 @@ class Session:
             stop = min(length, done + size - held)
             x, piece = entered[:, done:stop], tokens[:, done:stop]
             if stop - done == size and stop < tokens.shape[1]:
-                whole = _PendingChunk(start + done, piece, x)
+                whole = PendingChunk(start + done, piece, x)
                 self._step(whole, tokens[:, stop : stop + 1], logits)
             else:
                 self._read_part(start + done, piece, x, logits)
@@ -242,11 +322,11 @@ class Session:
         self._later_kv.write(offset, own)
         self._finish(hidden, logits)
         if pending is None:
-            self._pending = _PendingChunk(position, tokens.clone(), entered.clone())
+            self._pending = PendingChunk(position, tokens.clone(), entered.clone())
         else:
             self._pending = pending.extended(tokens, entered)
 
-    def _step(self, chunk: _PendingChunk, next_token: Tensor, logits: list[Tensor] | None) -> None:
+    def _step(self, chunk: PendingChunk, next_token: Tensor, logits: list[Tensor] | None) -> None:
         """Take the inner step on a full chunk; its logits are appended if asked for."""
         targets = torch.cat((chunk.tokens[:, 1:], next_token.to(chunk.tokens.device)), dim=1)
         mask = torch.ones_like(targets) if self._bos_id is None else targets != self._bos_id

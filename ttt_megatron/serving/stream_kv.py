@@ -4,6 +4,7 @@ import copy
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from ttt_megatron.model.attention import KV
 
@@ -58,6 +59,20 @@ class StreamKV:
             # Copies, as a slice would keep the whole tensor alive.
             self._entries = [KV(*(x[:, first:].clone() for x in kv)) for kv in self._entries]
         self._before = length - first
+
+    @property
+    def entries(self) -> list[KV]:
+        """All that is held of every block; nothing before the first write."""
+        return list(self._entries)
+
+    def restore(self, entries: Sequence[KV], own: int) -> None:
+        """Hold these instead, one pair a block, the last `own` entries being the stretch's."""
+        self._entries = list(entries)
+        self._before = self._length - own if entries else 0
+
+    def select(self, rows: Tensor) -> None:
+        """Keep these sequences, in this order; rows int64 [b]."""
+        self._entries = [KV(*(x.index_select(0, rows) for x in kv)) for kv in self._entries]
 
     def copy(self) -> "StreamKV":
         """An independent copy, sharing the tensors."""
