@@ -24,6 +24,7 @@ COMMANDS = {
         "Bring a checkpoint of another implementation in.",
     ),
     "export": ("ttt_megatron.cli.export", "Write a checkpoint for transformers to load."),
+    "serve": ("ttt_megatron.cli.serve", "Serve an exported model over HTTP, with sessions."),
     "config": ("ttt_megatron.cli.config", "Print a recipe, resolved, or the reference of keys."),
     "bench": ("ttt_megatron.cli.bench", "Measure speed and memory, kernels to whole steps."),
     "plan": ("ttt_megatron.cli.plan", "Estimate memory, time and transfers of a run."),

@@ -158,7 +158,7 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
     if not path.is_file():
         raise UserError(
             f"{path} is missing: give a folder written by `ttt-megatron prepare`, or one that "
-            "holds a copy of its tokenizer files"
+            "holds a copy of its tokenizer files; a model imported with --tokenizer none has none"
         )
     meta = _read_json(path)
     if meta.get("format") != _META_FORMAT or meta.get("kind") not in ("bytes", "huggingface"):

@@ -186,12 +186,18 @@ def _write_weights(weights: dict[str, Tensor], folder: Path, max_shard_size: str
     return len(files)
 
 
+def _rows_without_text(exported: TTTE2EConfig, tokenizer: Tokenizer) -> list[int] | None:
+    """Ids the model could predict and the tokenizer has no text for; None if there are none."""
+    return list(range(tokenizer.vocab_size, exported.vocab_size)) or None
+
+
 def _write_code_and_config(exported: TTTE2EConfig, read: _Source, folder: Path) -> None:
     exported.save_pretrained(folder)
     GenerationConfig(
         bos_token_id=exported.bos_token_id,
         eos_token_id=exported.eos_token_id,
         pad_token_id=exported.pad_token_id,
+        suppress_tokens=_rows_without_text(exported, read.tokenizer),
         do_sample=True,
         use_cache=True,
     ).save_pretrained(folder)

@@ -249,8 +249,11 @@ class Reader:
         norm, clip = squares.sum(0).sqrt(), config.inner["clip"]
         factor = torch.where(norm < clip, 1.0, clip / norm.clamp_min(clip)) if clip else 1.0
         rate = config.inner["inner_lr"] * factor * torch.ones_like(norm)
+        # Nothing is allocated once weights change: a step is taken whole or not at all.
+        for g in gradients:
+            g.mul_(rate.view(-1, 1, 1))
         for w, g in zip(cache.fast, gradients, strict=True):
-            w.sub_(g * rate.view(-1, 1, 1))
+            w.sub_(g)
         cache.fast_weights_moved()
         cache.steps = [steps + 1 for steps in cache.steps]
 

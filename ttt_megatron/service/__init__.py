@@ -1,0 +1,1 @@
+"""An exported model behind HTTP, with sessions that keep what they learnt."""
