@@ -219,6 +219,9 @@ def test_nothing_of_tokens_times_vocabulary_is_stored(kernel, device, monkeypatc
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_two_runs_agree_bit_for_bit_and_store_no_logits(kernel, device):
     case = draw(1024, 32000, 512, torch.bfloat16, device)
+    # Logits of about 1: those of independent normal vectors are so large that bfloat16 rounds them
+    # to a few tenths, and what is compared would be that rounding.
+    case = (case[0] * 512**-0.5, *case[1:])
     compare(kernel, *case)
     torch.cuda.synchronize()
     start = torch.cuda.memory_allocated()

@@ -30,11 +30,13 @@ def _tile(
 ):  # fmt: skip
     k = load_block(k_block, 0, batch, head, start - low, KEYS, WIDTH)
     v = load_block(v_block, 0, batch, head, start - low, KEYS, WIDTH)
-    s = product(q, tl.trans(k))
+    s = product(q, tl.trans(k)) * (scale * LOG2E)
     if PARTIAL:
+        # Scaled before: where a row sees nothing, the difference below must be exactly zero, and a
+        # product fused with it would be rounded only once.
         s = tl.where(visible(row, start, low, window, ROWS, KEYS), s, HIDDEN)
-    higher = tl.maximum(highest, tl.max(s, 1) * (scale * LOG2E))
-    p = tl.exp2(s * (scale * LOG2E) - higher[:, None])
+    higher = tl.maximum(highest, tl.max(s, 1))
+    p = tl.exp2(s - higher[:, None])
     shrink = tl.exp2(highest - higher)
     total = total * shrink + tl.sum(p, 1)
     out = add_product(narrow(p, v.dtype), v, out * shrink[:, None])

@@ -32,22 +32,23 @@ def _tile(
 ):  # fmt: skip
     k = load_block(k_block, 0, batch, head, start - low, KEYS, WIDTH)
     v = load_block(v_block, 0, batch, head, start - low, KEYS, WIDTH)
-    s = product(q, tl.trans(k))
+    s = product(q, tl.trans(k)) * (scale * LOG2E)
     dot_s = product(dot_q, tl.trans(k))
     if TANGENTS:
         dot_k = load_block(k_block, 1, batch, head, start - low, KEYS, WIDTH)
         dot_s = add_product(q, tl.trans(dot_k), dot_s)
     if PARTIAL:
+        # Scaled before, as in the plain forward pass: rows that see nothing yet must not overflow.
         s = tl.where(visible(row, start, low, window, ROWS, KEYS), s, HIDDEN)
     if not SAVED:
-        higher = tl.maximum(highest, tl.max(s, 1) * (scale * LOG2E))
+        higher = tl.maximum(highest, tl.max(s, 1))
         shrink = tl.exp2(highest - higher)
         highest = higher
         total *= shrink
         moment *= shrink
         out *= shrink[:, None]
         dot_out *= shrink[:, None]
-    p = tl.exp2(s * (scale * LOG2E) - highest[:, None])
+    p = tl.exp2(s - highest[:, None])
     moved = p * (dot_s * scale)
     moment += tl.sum(moved, 1)
     dot_out = add_product(narrow(moved, v.dtype), v, dot_out)
