@@ -31,7 +31,7 @@ demo: $(STAMP) ## Prepare real text, train in two stages, evaluate, generate.
 	@CORPUS='$(CORPUS)' bash tools/demo.sh
 
 test: $(STAMP) ## Run the tests.
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 $(PYTEST)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile $(PYTEST)
 
 lint: $(STAMP) ## Check style, types and the layering.
 	$(VENV)/bin/ruff check

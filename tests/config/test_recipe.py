@@ -24,6 +24,8 @@ def write(tmp_path: Path):
 
 def other_value(name: str):
     """A legal value that is not the default, for keys that relate to no other."""
+    if name == "model.mixers":
+        return "full" + 11 * ",attention"
     key = known_keys()[name]
     if key.choices:
         return next(choice for choice in key.choices if choice != key.default)
@@ -176,7 +178,12 @@ def test_a_longer_circle_and_unreadable_files(write, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "path", [str(path.relative_to(RECIPES)) for path in sorted(RECIPES.rglob("*.yaml"))]
+    "path",
+    [
+        str(path.relative_to(RECIPES))
+        for path in sorted(RECIPES.rglob("*.yaml"))
+        if path.parent.name != "sweeps"
+    ],
 )
 def test_every_recipe_of_the_repository_is_valid(path):
     load_recipe(RECIPES / path)

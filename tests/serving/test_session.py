@@ -181,8 +181,8 @@ def test_the_state_keeps_no_graph_and_no_larger_tensors():
     session.read(draw_tokens(1, 27))
     pending = session._pending
     tensors = [*session.fast_weights, pending.entered, pending.tokens, session._last_hidden]
-    for kv in (session._early_kv, session._later_kv):
-        tensors += [x for entry in kv._entries for x in entry]
+    for entries in (session._early.entries, session._later_kv.entries):
+        tensors += [x for entry in entries for x in entry]
     for tensor in tensors:
         assert not tensor.requires_grad
         assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()

@@ -17,6 +17,8 @@ COMMANDS = {
     "train": ("ttt_megatron.cli.train", "Train a model, or go on where a run stopped."),
     "evaluate": ("ttt_megatron.cli.evaluate", "Measure held-out loss by token position."),
     "compare": ("ttt_megatron.cli.compare", "Put evaluations side by side."),
+    "sweep": ("ttt_megatron.cli.sweep", "Train runs that differ in a few settings."),
+    "report": ("ttt_megatron.cli.report", "Put runs and sweeps into one document."),
     "generate": ("ttt_megatron.cli.generate", "Read a prompt and continue it."),
     "read": ("ttt_megatron.cli.read", "Read a document once and save what was learnt from it."),
     "import": (

@@ -61,7 +61,13 @@ def run(args: argparse.Namespace) -> int:
     for path in (args.json, args.png):
         if path is not None and not path.resolve().parent.is_dir():
             raise UserError(f"{path}: there is no folder {path.resolve().parent}; make it first")
-    plan = make_plan(load_recipe(args.recipe, args.overrides), hardware, args.gpus, args.top)
+    config = load_recipe(args.recipe, args.overrides)
+    if set(config.model.mixer_kinds) != {"attention"}:
+        raise UserError(
+            f"{args.recipe}: model.mixers = {config.model.mixers}, and plans know models of "
+            "windowed attention alone; plan the same shape with model.mixers=attention"
+        )
+    plan = make_plan(config, hardware, args.gpus, args.top)
     print(heading(plan))
     if plan.note:
         print(plan.note)

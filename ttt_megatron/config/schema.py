@@ -17,6 +17,11 @@ Float8Recipe = Literal["current", "delayed"]
 Float8Scaling = Literal["tensor", "row"]
 
 
+ATTENTION_MIXERS = ("attention", "full")
+"""Mixers that are softmax attention; they differ in their window."""
+MIXERS = (*ATTENTION_MIXERS, "mamba2", "gated_delta", "ttt_kvb", "swa_ttt_kvb")
+
+
 def setting(default: Any, text: str) -> Any:
     """A dataclass field with a default and one sentence of help."""
     return field(default=default, metadata={"help": text})
@@ -46,6 +51,12 @@ class ModelConfig:
     window_size: int | None = setting(
         8192, "Keys a query sees, itself included; None is full attention."
     )
+    mixers: str = setting(
+        "attention",
+        "What mixes tokens, block by block and from the start again: attention (over "
+        "window_size), full (attention over everything), mamba2, gated_delta, ttt_kvb, "
+        "swa_ttt_kvb (attention, then ttt_kvb); with commas between, as in attention,full.",
+    )
     rope_theta: float = setting(500_000.0, "Base of the rotary frequencies.")
     norm_eps: float = setting(1e-6, "Epsilon inside the root of RMSNorm.")
     post_norm: bool = setting(
@@ -60,6 +71,12 @@ class ModelConfig:
     init_std: float = setting(0.02, "Standard deviation of the matrices at initialisation.")
     embedding_init_std: float | None = setting(None, "The embedding's; None equals init_std.")
     prime_init_std: float | None = setting(None, "The prime MLPs'; None equals init_std.")
+
+    @property
+    def mixer_kinds(self) -> list[str]:
+        """What mixes tokens in each block, first to last."""
+        pattern = [kind.strip() for kind in self.mixers.split(",")]
+        return [pattern[index % len(pattern)] for index in range(self.num_layers)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,6 +277,9 @@ class TrackingConfig:
         None, "MLflow store; None takes MLFLOW_TRACKING_URI, else SQLite beside the run's folder."
     )
     experiment: str = setting("ttt-megatron", "MLflow experiment.")
+    parent_run: str | None = setting(
+        None, "Id of the MLflow run that this one is shown under; sweeps set it."
+    )
     progress: bool = setting(True, "Show a progress bar.")
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import fields
 
+from ttt_megatron.config.mixer_rules import mixer_problems
 from ttt_megatron.config.schema import (
     Float8Config,
     InnerConfig,
@@ -76,6 +77,7 @@ def _problems(config: RunConfig) -> Iterator[str]:
     # Ranges come first: the relations below divide by sizes.
     yield from _ranges(config)
     yield from _model(config.model)
+    yield from mixer_problems(config)
     yield from _inner(config.inner, config.model, config.data.sequence_length)
     yield from _optimizer(config.optimizer)
     yield from _engine(config)

@@ -1,6 +1,5 @@
 """Evaluations of the same documents side by side, one of their curves being the reference."""
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import cycle
@@ -10,8 +9,8 @@ from typing import Any
 from rich.table import Table
 
 from ttt_megatron.errors import UserError
+from ttt_megatron.evaluation.formatting import markdown_table, mean_cell
 from ttt_megatron.evaluation.report import PositionReport, read_report
-from ttt_megatron.evaluation.statistics import Mean
 
 _REPORT = "by_position.json"
 _LINES = ("-", "--", ":", "-.")
@@ -59,9 +58,7 @@ class Comparison:
     def markdown(self) -> str:
         """One table of everything, in Markdown, and the findings below it."""
         header = ["position", *self.report.curves, "documents"]
-        lines = [header, ["---", *["---:"] * (len(header) - 1)]]
-        lines += self._rows(list(self.report.curves))
-        table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+        table = markdown_table(header, self._rows(list(self.report.curves)))
         return f"{self.legend}\n\n{table}\n" + "".join(f"* {text}\n" for text in self.findings())
 
     def findings(self) -> list[str]:
@@ -84,7 +81,7 @@ class Comparison:
             bucket = report.buckets[number]
             sentences.append(
                 f"{self.reference} is below {other} in {lower} of {len(beyond)} ranges {where}; "
-                f"most at {bucket.start}-{bucket.stop}, by {_number(gap, 2)} nats a token."
+                f"most at {bucket.start}-{bucket.stop}, by {mean_cell(gap, digits=2)} nats a token."
             )
         return sentences
 
@@ -120,7 +117,7 @@ class Comparison:
         if curve == self.reference:
             return f"{mean.mean:.2f}"
         difference = self.report.difference(curve, self.reference, bucket)
-        return f"{mean.mean:.2f} ({_number(difference, 2, '+')})"
+        return f"{mean.mean:.2f} ({mean_cell(difference, '+', 2)})"
 
 
 def compare(reports: Mapping[str, PositionReport]) -> Comparison:
@@ -168,9 +165,3 @@ def _check_same_data(first: PositionReport, other: PositionReport, label: str) -
             f"the evaluation {label!r} read other data ({other.about.get('data')}) than the first "
             f"({first.about.get('data')}): evaluate both with the same --data"
         )
-
-
-def _number(mean: Mean, digits: int, sign: str = "") -> str:
-    text = f"{mean.mean:{sign}.{digits}f}"
-    known = not math.isnan(mean.standard_error)
-    return f"{text} ± {mean.standard_error:.{digits}f}" if known else text

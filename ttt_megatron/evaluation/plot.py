@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from ttt_megatron.evaluation.pictures import new_figure, save_figure
 from ttt_megatron.evaluation.report import PositionReport
 from ttt_megatron.evaluation.statistics import Bucket
 
@@ -22,12 +23,7 @@ def draw_by_position(
     The attention window is marked by a dashed line where positions go beyond it. `styles` are
     Matplotlib's settings of a line, by curve.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    figure, ((axes,),) = new_figure(1, 1, width=8, height=4.5)
     x = _centres(report.buckets)
     for name in report.curves:
         means = [report.mean(name, number) for number in range(len(report.buckets))]
@@ -42,10 +38,7 @@ def draw_by_position(
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.set(xlabel="position (tokens)", ylabel="nats a token", title=title)
     axes.legend()
-    beside = path.with_name(f".{path.stem}.tmp.png")
-    figure.savefig(beside, dpi=120)
-    pyplot.close(figure)
-    beside.replace(path)
+    save_figure(figure, path)
 
 
 def _centres(buckets: Sequence[Bucket]) -> np.ndarray:

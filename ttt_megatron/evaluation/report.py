@@ -5,12 +5,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from rich.table import Table
 
 from ttt_megatron.errors import UserError
+from ttt_megatron.evaluation.formatting import markdown_table, mean_cell, mean_values
 from ttt_megatron.evaluation.statistics import Bucket, BucketSums, Mean, ratio_mean
 
 _FORMAT = "ttt-megatron-loss-by-position-1"
@@ -105,9 +106,9 @@ class PositionReport:
             "curves": {name: self._curve_values(name) for name in self.curves},
             "differences": {
                 f"{name} - {other}": {
-                    "total": _mean_values(self.difference(name, other)),
+                    "total": mean_values(self.difference(name, other)),
                     "buckets": [
-                        _mean_values(self.difference(name, other, number))
+                        mean_values(self.difference(name, other, number))
                         for number in range(len(self.buckets))
                     ],
                 }
@@ -122,10 +123,10 @@ class PositionReport:
 
     def _curve_values(self, name: str) -> dict[str, Any]:
         return {
-            "total": _mean_values(self.mean(name)),
-            "bits_per_byte": _mean_values(self.bits_per_byte(name)),
+            "total": mean_values(self.mean(name)),
+            "bits_per_byte": mean_values(self.bits_per_byte(name)),
             "buckets": [
-                _mean_values(self.mean(name, number)) for number in range(len(self.buckets))
+                mean_values(self.mean(name, number)) for number in range(len(self.buckets))
             ],
         }
 
@@ -139,13 +140,13 @@ class PositionReport:
             means = [self.mean(name, chosen) for name in self.curves]
             paired = [self.difference(*pair, chosen) for pair in self.pairs]
             label = "all" if bucket is None else f"{bucket.start}-{bucket.stop}"
-            cells = [_cell(mean) for mean in means] + [_cell(mean, "+") for mean in paired]
+            cells = [mean_cell(mean) for mean in means] + [mean_cell(mean, "+") for mean in paired]
             rows.append([label, *cells, str(means[0].documents)])
         bits = [self.bits_per_byte(name) for name in self.curves]
         known = [mean for mean in bits if mean is not None]
         if known:
             empty = [""] * len(self.pairs)
-            rows.append(["bits a byte", *map(_cell, known), *empty, str(known[0].documents)])
+            rows.append(["bits a byte", *map(mean_cell, known), *empty, str(known[0].documents)])
         return header, rows
 
     def table(self) -> Table:
@@ -160,9 +161,7 @@ class PositionReport:
 
     def markdown(self) -> str:
         """The table in Markdown."""
-        header, rows = self.rows()
-        lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-        return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+        return markdown_table(*self.rows())
 
 
 def read_report(path: Path | str) -> PositionReport:
@@ -188,7 +187,17 @@ def read_report(path: Path | str) -> PositionReport:
         ) from None
 
 
-def write_files(report: PositionReport, folder: Path, stem: str) -> list[Path]:
+class Written(Protocol):
+    """What `write_files` can write."""
+
+    def to_json(self) -> str:
+        """Content of the JSON file."""
+
+    def markdown(self) -> str:
+        """Content of the Markdown file."""
+
+
+def write_files(report: Written, folder: Path, stem: str) -> list[Path]:
     """Writes `stem`.json and `stem`.md into `folder` and returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     written = []
@@ -204,21 +213,3 @@ def write_files(report: PositionReport, folder: Path, stem: str) -> list[Path]:
 def _finite(values: np.ndarray) -> list[list[float | None]]:
     """Nested lists in which whatever is no number is None, as JSON has no nan."""
     return [[x if math.isfinite(x) else None for x in row] for row in values.tolist()]
-
-
-def _mean_values(mean: Mean | None) -> dict[str, Any] | None:
-    if mean is None:
-        return None
-    return {
-        "mean": mean.mean if math.isfinite(mean.mean) else None,
-        "standard_error": mean.standard_error if math.isfinite(mean.standard_error) else None,
-        "documents": mean.documents,
-        "tokens": mean.tokens,
-    }
-
-
-def _cell(mean: Mean, sign: str = "") -> str:
-    if not mean.documents:
-        return "-"
-    text = f"{mean.mean:{sign}.3f}"
-    return text if math.isnan(mean.standard_error) else f"{text} ± {mean.standard_error:.3f}"

@@ -137,6 +137,11 @@ def _read(source: Path) -> _Source:
         raise UserError(f"{source} is no folder: give a run's folder or one of its checkpoints")
     checkpoint = resolve_checkpoint(source)
     config = read_config(checkpoint)
+    if set(config.model.mixer_kinds) != {"attention"}:
+        raise UserError(
+            f"{checkpoint}: model.mixers = {config.model.mixers}, and only models of windowed "
+            "attention are exported"
+        )
     tokenizer = load_tokenizer(checkpoint / TOKENIZER)
     rows = config.model.vocab_size or 0
     if tokenizer.vocab_size > rows:

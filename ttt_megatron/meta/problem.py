@@ -1,6 +1,7 @@
 """What both sweeps work on: a batch of sequences after the prefix, cut into chunks."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -120,7 +121,7 @@ class Problem:
 
         `like` has the keys' dtype and device.
         """
-        layers = [block.self_attention for block in self.model.suffix_blocks[1:]]
+        layers: list[Any] = [block.self_attention for block in self.model.suffix_blocks[1:]]
         shapes = [(len(self.targets), 0, a.num_kv_heads, a.head_dim) for a in layers]
         kv.reserve([KV(like.new_empty(shape), like.new_empty(shape)) for shape in shapes])
         stop = self.length if after else 0

@@ -31,12 +31,12 @@ class SelfAttention(nn.Module):
     Without model.qk_norm they are rotated as they are.
     """
 
-    def __init__(self, config: ModelConfig, slots: Slots) -> None:
+    def __init__(self, config: ModelConfig, slots: Slots, window: int | None) -> None:
         super().__init__()
         self.head_dim = config.hidden_size // config.num_heads
         num_kv_heads = config.num_kv_heads or config.num_heads
         self.num_kv_heads = num_kv_heads // slots.parts
-        self.window = config.window_size
+        self.window = window
         columns = (config.num_heads + 2 * num_kv_heads) * self.head_dim
         self.linear_qkv = slots.column(config.hidden_size, columns)
         norm = optional_norm(config.qk_norm, slots)

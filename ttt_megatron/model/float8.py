@@ -89,10 +89,12 @@ def _identity(weight: Tensor) -> tuple[int, int]:
 
 
 def static_linears(model: LanguageModel) -> Iterator[Any]:
-    """The layers whose products may be in float8: four a block."""
+    """The layers whose products may be in float8: two an attention, two a static MLP."""
     for block in model.blocks():
-        yield block.self_attention.linear_qkv
-        yield block.self_attention.linear_proj
+        attention: Any = block.self_attention
+        if attention is not None:
+            yield attention.linear_qkv
+            yield attention.linear_proj
         yield block.mlp.linear_fc1
         yield block.mlp.linear_fc2
 

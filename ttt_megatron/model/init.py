@@ -25,7 +25,9 @@ def initialize(model: LanguageModel, config: ModelConfig, seed: int) -> None:
     models that share a layer share its initial value, and parts are parts of the same whole.
     """
     for name, parameter in model.named_parameters():
-        whole = draw(name, model.slots.whole_shape(name, parameter.shape), config, seed)
+        shape = model.slots.whole_shape(name, parameter.shape)
+        own = model.slots.initial_value(name, shape, _generator(name, seed))
+        whole = draw(name, shape, config, seed) if own is None else own
         parameter.copy_(model.slots.take_part(name, whole))
 
 
@@ -34,8 +36,11 @@ def draw(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> torch.
     std = parameter_std(name, config)
     if std == 0.0:
         return torch.ones(shape)
-    generator = torch.Generator().manual_seed(_stable_hash(f"{seed}/{name}"))
-    return torch.randn(shape, generator=generator, dtype=torch.float32) * std
+    return torch.randn(shape, generator=_generator(name, seed), dtype=torch.float32) * std
+
+
+def _generator(name: str, seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(_stable_hash(f"{seed}/{name}"))
 
 
 def _stable_hash(text: str) -> int:

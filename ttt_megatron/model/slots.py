@@ -1,12 +1,13 @@
 """The layers a model is built from: plain ones here; parallel ones are filled in from outside."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 import ttt_kernels
+from ttt_megatron.config.schema import ModelConfig
 from ttt_megatron.model import ops
 from ttt_megatron.model.head import WHOLE_HEAD, Head
 from ttt_megatron.model.ops import Operand
@@ -101,6 +102,10 @@ def _whole(name: str, x: Tensor) -> Tensor:
     return x
 
 
+def _not_mine(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor | None:
+    return None
+
+
 @dataclass(frozen=True)
 class Slots:
     """Constructors of the layers. A parallel build replaces some of them.
@@ -109,7 +114,9 @@ class Slots:
     whose input is (proj, fc2); `parts` is the number of parts. sum_parts adds a tensor over them;
     all_tokens and own_tokens go between the tokens [b, T, H] of all parts and a part's own, where
     parts share them. whole_shape is the shape of the whole parameter of a name, given a part's;
-    take_part is this process's part of it.
+    take_part is this process's part of it. `mixers` makes what stands in attention's place, by
+    kind: modules called as `SelfAttention` is, whose state is a tuple of tensors [b, …];
+    `initial_value` draws their own parameters, and none of others.
     """
 
     column: Callable[[int, int], nn.Module] = Linear
@@ -122,6 +129,8 @@ class Slots:
     all_tokens: Callable[[Tensor], Tensor] = _same
     own_tokens: Callable[[Tensor], Tensor] = _same
     whole_shape: Callable[[str, torch.Size], torch.Size] = _same_shape
+    mixers: Mapping[str, Callable[[ModelConfig, "Slots"], nn.Module]] = field(default_factory=dict)
+    initial_value: Callable[[str, torch.Size, torch.Generator], Tensor | None] = _not_mine
     take_part: Callable[[str, Tensor], Tensor] = _whole
 
 

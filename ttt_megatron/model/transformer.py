@@ -46,9 +46,12 @@ class LanguageModel(nn.Module):
         self.num_prefix_layers = config.num_layers - config.num_suffix_layers
         if stage.is_first or (stage.is_last and config.tie_embeddings):
             self.embedding = slots.embedding(config.vocab_size, config.hidden_size)
+        kinds = config.mixer_kinds
         self.layers = nn.ModuleDict(
             {
-                str(index): Block(config, slots, prime=index >= self.num_prefix_layers)
+                str(index): Block(
+                    config, slots, prime=index >= self.num_prefix_layers, kind=kinds[index]
+                )
                 for index in range(stage.first, stage.stop)
             }
         )

@@ -7,6 +7,7 @@ as first computed. Tokens the model generated are read like any others.
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,8 +22,13 @@ from ttt_megatron.meta.problem import Problem, chunk_token_weights
 from ttt_megatron.model.attention import KV
 from ttt_megatron.model.transformer import LanguageModel
 from ttt_megatron.serving.pending_chunk import PendingChunk
-from ttt_megatron.serving.session_state import BaseModel, refuse_misfits
+from ttt_megatron.serving.session_state import (
+    BaseModel,
+    refuse_misfits,
+    refuse_other_mixers,
+)
 from ttt_megatron.serving.stream_kv import StreamKV
+from ttt_megatron.serving.stream_memory import StreamMemory
 
 # What no fast weight can reach runs over whole chunks together, up to about this many tokens.
 _SPAN_TOKENS = 1024
@@ -32,7 +38,7 @@ class Session:
     """Sequences in lock step, each with its own fast weights and cache.
 
     The state is constant in the number of tokens read: the window of every layer, the fast
-    weights, the chunk that is not full yet. (Full attention, `window_size` None, keeps all.)
+    weights, the chunk that is not full yet. (Attention without a window keeps all.)
     None of its tensors holds a graph, and no row depends on another.
 
     Attributes:
@@ -76,7 +82,8 @@ class Session:
         self.steps_taken = 0
         initial = self._initial_weights() if self.inner_steps else []
         self._set_fast_weights(inner_step.for_sequences(initial, self.batch))
-        self._early_kv = StreamKV(config.num_layers - later, config.window_size)
+        early = config.mixer_kinds[: config.num_layers - later]
+        self._early = StreamMemory(early, config.window_size)
         self._later_kv = StreamKV(later, config.window_size)
         self._pending: PendingChunk | None = None
         self._last_hidden: Tensor | None = None
@@ -87,7 +94,7 @@ class Session:
         twin.__dict__.update(self.__dict__)
         # Inner steps move the fast weights in place; all other tensors are only ever replaced.
         twin._set_fast_weights([w.clone() for w in self.fast_weights])
-        twin._early_kv, twin._later_kv = self._early_kv.copy(), self._later_kv.copy()
+        twin._early, twin._later_kv = self._early.copy(), self._later_kv.copy()
         return twin
 
     def select(self, rows: Sequence[int]) -> None:
@@ -102,7 +109,7 @@ class Session:
         index = torch.tensor(list(rows), device=self._model.head_weight.device)
         self.batch = len(rows)
         self._set_fast_weights([w.index_select(0, index) for w in self.fast_weights])
-        self._early_kv.select(index)
+        self._early.select(index)
         self._later_kv.select(index)
         if self._pending is not None:
             self._pending = self._pending.selected(index)
@@ -112,8 +119,10 @@ class Session:
     def state(self, row: int = 0) -> SequenceState:
         """All that reading left behind in one row, in tensors of its own, on their device.
 
-        Raises ValueError if nothing was read.
+        Raises ValueError if nothing was read, StateError for a model that has other mixers than
+        attention over its window.
         """
+        refuse_other_mixers(self._model.config)
         if self._last_hidden is None:
             raise ValueError("the session has read nothing yet")
         last_hidden = self._last_hidden[row].clone()
@@ -127,7 +136,7 @@ class Session:
             fast=[w[row].clone() for w in self.fast_weights],
             kv=[
                 (kv.k[row].clone(), kv.v[row].clone())
-                for kv in (*self._early_kv.entries, *self._later_kv.entries)
+                for kv in (*self._early.entries, *self._later_kv.entries)
             ],
             pending_tokens=tokens.clone(),
             pending_entered=entered.clone(),
@@ -142,6 +151,7 @@ class Session:
         of the other kind of session (with or without inner steps), or at another position than
         the first; the session is as it was then.
         """
+        refuse_other_mixers(self._model.config)
         refuse_misfits(states, self._learner, self.inner_steps)
         first, device = states[0], self._model.head_weight.device
 
@@ -154,8 +164,8 @@ class Session:
             KV(rows(k for k, _ in layer), rows(v for _, v in layer))
             for layer in zip(*(s.kv for s in states), strict=True)
         ]
-        held, early = len(first.pending_tokens), self._early_kv.num_blocks
-        self._early_kv.restore(kv[:early], 0)
+        held, early = len(first.pending_tokens), self._early.num_blocks
+        self._early.restore(kv[:early])
         self._later_kv.restore(kv[early:], held)
         self._pending = None
         if held:
@@ -231,7 +241,7 @@ class Session:
         if self._pending is not None:
             tensors += [self._pending.tokens, self._pending.entered]
         own = sum(x.numel() * x.element_size() for x in tensors)
-        return own + self._early_kv.nbytes + self._later_kv.nbytes
+        return own + self._early.nbytes + self._later_kv.nbytes
 
     @property
     def _model(self) -> LanguageModel:
@@ -279,14 +289,13 @@ class Session:
         model = self._model
         x = model.embed(tokens, self._learner.compute_dtype)
         rotation = model.rotations(self.position, tokens.shape[1], x)
-        past = self._early_kv.past(0)
-        own: list[KV] = []
+        past = self._early.past()
+        own: list[Any] = []
         for block, cached in zip(model.blocks(0, len(past)), past, strict=True):
             is_entry = self.inner_steps and len(own) == model.num_prefix_layers
             x, kv = (block.attend if is_entry else block)(x, rotation, cached)
             own.append(kv)
-        self._early_kv.write(0, own)
-        self._early_kv.close()
+        self._early.advance(own)
         return x
 
     def _read_entered(self, tokens: Tensor, entered: Tensor, logits: list[Tensor] | None) -> None:

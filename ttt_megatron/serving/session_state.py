@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from functools import cached_property
 
+from ttt_megatron.config.schema import ModelConfig
 from ttt_megatron.hf.state_ttt_e2e import SequenceState, StateError, base_hash
 from ttt_megatron.meta.learner import Learner
 
@@ -47,6 +48,14 @@ class BaseModel:
     def hash(self) -> str:
         """See `learner_hash`."""
         return learner_hash(self._learner, self._bos_id)
+
+
+def refuse_other_mixers(model: ModelConfig) -> None:
+    """Raises StateError for a model whose states are not kept: the format holds keys and values."""
+    if set(model.mixer_kinds) - {"attention"}:
+        raise StateError(
+            f"model.mixers = {model.mixers}: states are kept of models with attention alone"
+        )
 
 
 def refuse_misfits(states: Sequence[SequenceState], learner: Learner, inner_steps: bool) -> None:

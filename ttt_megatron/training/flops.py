@@ -7,8 +7,9 @@ min(p + 1, window). Norms, rotations and softmax are left out, as is what the in
 the figure compares methods at equal model and data.
 """
 
+from ttt_megatron.baselines.ttt_kvb_work import ttt_kvb_flops
+from ttt_megatron.baselines.work import gated_delta_flops, mamba2_flops
 from ttt_megatron.config.schema import ModelConfig
-from ttt_megatron.model.parameters import count_parameters
 
 
 def mean_visible_keys(sequence_length: int, window_size: int | None) -> float:
@@ -20,8 +21,25 @@ def mean_visible_keys(sequence_length: int, window_size: int | None) -> float:
 
 def model_flops_per_token(model: ModelConfig, sequence_length: int) -> float:
     """FLOPs of a plain forward and backward pass a token; the head counts, the lookup does not."""
-    counts = count_parameters(model)
-    head = (model.vocab_size or 0) * model.hidden_size
-    matrices = counts.blocks + counts.prime + head
-    keys = mean_visible_keys(sequence_length, model.window_size)
-    return 6.0 * matrices + 12.0 * model.num_layers * model.hidden_size * keys
+    width, ffn = model.hidden_size, model.ffn_hidden_size
+    head = (model.vocab_size or 0) * width
+    prime = 3 * width * (model.prime_ffn_hidden_size or ffn) * model.num_suffix_layers
+    mlps = 3 * width * ffn * model.num_layers
+    mixers = sum(_mixer_flops(kind, model, sequence_length) for kind in model.mixer_kinds)
+    return 6.0 * (head + prime + mlps) + 3.0 * mixers
+
+
+def _mixer_flops(kind: str, model: ModelConfig, sequence_length: int) -> float:
+    """FLOPs a token of one mixer's forward pass, its linear maps included."""
+    if kind == "mamba2":
+        return mamba2_flops(model).total
+    if kind == "gated_delta":
+        return gated_delta_flops(model).total
+    bound = ttt_kvb_flops(model).total if kind in ("ttt_kvb", "swa_ttt_kvb") else 0
+    if kind == "ttt_kvb":
+        return bound
+    width = model.hidden_size
+    kv_width = (model.num_kv_heads or model.num_heads) * (width // model.num_heads)
+    window = None if kind == "full" else model.window_size
+    keys = mean_visible_keys(sequence_length, window)
+    return 2.0 * (2 * width * width + 2 * width * kv_width) + 4.0 * width * keys + bound

@@ -3,13 +3,14 @@
 import contextlib
 import io
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from ttt_megatron.config.schema import RunConfig
+from ttt_megatron.config.schema import ATTENTION_MIXERS, RunConfig
 from ttt_megatron.errors import UserError
 from ttt_megatron.meta.learner import Learner
 from ttt_megatron.model.slots import Slots
@@ -62,6 +63,10 @@ def build_learner(
 
     `slots` are the layers of a rank's part of it, `stage` its blocks; None builds all of it.
     """
+    if set(config.model.mixer_kinds) - set(ATTENTION_MIXERS):
+        from ttt_megatron.baselines import MIXER_MODULES, initial_value
+
+        slots = replace(slots or Slots(), mixers=MIXER_MODULES, initial_value=initial_value)
     return Learner(
         config.model,
         config.inner,

@@ -39,6 +39,7 @@ _PARAMETERS_A_CALL = 100
 _METRICS_A_CALL = 1000
 _VALUE_LENGTH = 500
 _PLOTS = "*.png"
+_PARENT = "mlflow.parentRunId"
 
 # What the queue carries: measurements (name, value, milliseconds, step), something to do with
 # (client, run), or None for the end.
@@ -58,6 +59,13 @@ def read_tracking(output: Path) -> dict[str, str]:
         return {"uri": str(values["uri"]), "run_id": str(values["run_id"])}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
+
+
+def write_tracking(output: Path, uri: str, run_id: str) -> None:
+    """Writes what `read_tracking` reads."""
+    beside = output / f"{TRACKING_FILE}.tmp"
+    beside.write_text(json.dumps({"uri": uri, "run_id": run_id}))
+    beside.replace(output / TRACKING_FILE)
 
 
 class MlflowTracking(Callback):
@@ -168,9 +176,7 @@ class MlflowTracking(Callback):
         client = MlflowClient(tracking_uri=self._uri)
         run = self._continue(client) or self._create(client)
         self._trainer.tracking_run = run
-        beside = self._output / f"{TRACKING_FILE}.tmp"
-        beside.write_text(json.dumps({"uri": self._uri, "run_id": run}))
-        beside.replace(self._output / TRACKING_FILE)
+        write_tracking(self._output, self._uri, run)
         return client, run
 
     def _continue(self, client: Any) -> str | None:
@@ -190,12 +196,11 @@ class MlflowTracking(Callback):
     def _create(self, client: Any) -> str:
         from mlflow.entities import Param
 
-        name = self._config.tracking.experiment
-        experiment = client.get_experiment_by_name(name)
-        identifier = (
-            experiment.experiment_id if experiment else self._create_experiment(client, name)
-        )
-        run: str = client.create_run(identifier, run_name=self._config.name).info.run_id
+        tracking = self._config.tracking
+        identifier = experiment_id(client, self._uri, tracking.experiment)
+        tags = {} if tracking.parent_run is None else {_PARENT: tracking.parent_run}
+        created = client.create_run(identifier, run_name=self._config.name, tags=tags)
+        run: str = created.info.run_id
         values = flatten_config(self._config).items()
         parameters = [Param(key, str(value)[:_VALUE_LENGTH]) for key, value in values]
         for first in range(0, len(parameters), _PARAMETERS_A_CALL):
@@ -203,14 +208,20 @@ class MlflowTracking(Callback):
         client.log_text(run, to_yaml(self._config), "run.yaml")
         return run
 
-    def _create_experiment(self, client: Any, name: str) -> str:
-        """With a local store the artifacts lie beside it, not in the current folder."""
-        location = None
-        if self._uri.startswith("sqlite:///"):
-            store = Path(self._uri.removeprefix("sqlite:///")).resolve()
-            location = (store.parent / "mlartifacts").as_uri()
-        identifier: str = client.create_experiment(name, artifact_location=location)
-        return identifier
+
+def experiment_id(client: Any, uri: str, name: str) -> str:
+    """The experiment of that name in the client's store, made if there is none.
+
+    With a local store the artifacts lie beside it, not in the current folder.
+    """
+    found = client.get_experiment_by_name(name)
+    if found is not None:
+        return str(found.experiment_id)
+    location = None
+    if uri.startswith("sqlite:///"):
+        store = Path(uri.removeprefix("sqlite:///")).resolve()
+        location = (store.parent / "mlartifacts").as_uri()
+    return str(client.create_experiment(name, artifact_location=location))
 
 
 def _deliver(client: Any, run: str, items: list[Item]) -> None:

@@ -1,0 +1,100 @@
+"""TTT-KVB in numbers, from the shapes alone: parameters, state, FLOPs; and how it is drawn."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ttt_megatron.baselines.ttt_kvb_settings import TTT_KVB, TTTKVBSettings
+from ttt_megatron.config.schema import ModelConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class TTTKVBFlops:
+    """FLOPs a token of a layer's forward pass over whole chunks, two a multiplication.
+
+    `linear` are the static maps; `fast` products with fast matrices and their gradients; `within`
+    those between a chunk's tokens, of which half are needed, as in causal attention. What works
+    element by element is left out, inner steps too. A training step takes three times as many.
+    """
+
+    linear: int
+    fast: int
+    within: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.linear + self.fast + self.within
+
+
+def ttt_kvb_parameters(config: ModelConfig, settings: TTTKVBSettings = TTT_KVB) -> int:
+    """Parameters of a `TTTKVB` layer, its norms' gains included."""
+    width, heads, head_dim = _sizes(config, settings)
+    linear = (4 if settings.has_queries else 3) * width * width
+    normed = (2 if settings.has_queries else 1) * config.qk_norm + 1
+    binding = 2 * width if settings.loss == "squared" else 0
+    rate = 0 if settings.rate_form == "constant" else heads * (width + 1)
+    return linear + normed * head_dim + binding + rate + fast_parameters(config, settings)
+
+
+def swa_ttt_kvb_parameters(config: ModelConfig, settings: TTTKVBSettings = TTT_KVB) -> int:
+    """Parameters of a `SWATTTKVB` mixer: attention, the norm between, the layer."""
+    width = config.hidden_size
+    head_dim = width // config.num_heads
+    kv_width = (config.num_kv_heads or config.num_heads) * head_dim
+    attention = 2 * width * width + 2 * width * kv_width + 2 * head_dim * config.qk_norm
+    return attention + width + ttt_kvb_parameters(config, settings)
+
+
+def fast_parameters(config: ModelConfig, settings: TTTKVBSettings = TTT_KVB) -> int:
+    """Fast weights of a layer: n · P, what its state holds of each kind for every sequence."""
+    _, heads, head_dim = _sizes(config, settings)
+    hidden = settings.fast_width(config)
+    biases = head_dim + settings.gates * hidden if settings.has_biases else 0
+    return heads * ((settings.gates + 1) * hidden * head_dim + biases)
+
+
+def ttt_kvb_flops(config: ModelConfig, settings: TTTKVBSettings = TTT_KVB) -> TTTKVBFlops:
+    """FLOPs a token of a `TTTKVB` layer's forward pass."""
+    width, heads, head_dim = _sizes(config, settings)
+    hidden = settings.fast_width(config)
+    rows = settings.gates * hidden
+    matrices = heads * (rows + hidden) * head_dim
+    back = heads * hidden * head_dim
+    reads = matrices if settings.has_queries else 0
+    linear = (4 if settings.has_queries else 3) * width * width
+    linear += 0 if settings.rate_form == "constant" else width * heads
+    within = 0
+    if settings.output_rule == "updated":
+        # Likeness of inputs, sum of adjoints, of both layers; with a clip as much again, for norms.
+        a_pair = head_dim + rows + hidden + head_dim
+        visible = (settings.chunk_size + 1) / 2
+        within = round(heads * a_pair * visible * (2 if settings.clip else 1))
+    return TTTKVBFlops(linear=2 * linear, fast=2 * (2 * matrices + back + reads), within=2 * within)
+
+
+def initial_value(
+    name: str,
+    shape: torch.Size,
+    generator: torch.Generator,
+    settings: TTTKVBSettings = TTT_KVB,
+) -> Tensor | None:
+    """The initial value, float32, of a whole parameter of this name; None if others draw it.
+
+    Biases are 0, so that a learned rate begins at about half of (sigmoid) or at (softplus) what is
+    set; the binding's gain is 1. A SwiGLU's matrices are drawn with a deviation of in^−½ (LaCT),
+    a GELU MLP's as every other matrix (TTT-MLP).
+    """
+    end = name.rsplit(".", 1)[-1]
+    if end in ("fast_bias1", "fast_bias2", "binding_bias", "rate_bias"):
+        return torch.zeros(shape)
+    if end == "binding_gain":
+        return torch.ones(shape)
+    if end in ("fast_fc1", "fast_fc2") and settings.fast_mlp == "swiglu":
+        return torch.randn(shape, generator=generator, dtype=torch.float32) * shape[-1] ** -0.5
+    return None
+
+
+def _sizes(config: ModelConfig, settings: TTTKVBSettings) -> tuple[int, int, int]:
+    return config.hidden_size, settings.heads(config), settings.head_dim(config)

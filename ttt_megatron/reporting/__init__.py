@@ -1,0 +1,1 @@
+"""Runs, sweeps and benchmarks in one document: what was measured of each, side by side."""
