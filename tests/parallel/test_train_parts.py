@@ -75,7 +75,7 @@ def _courses(
     ("kinds", "counted", "processes"),
     [
         pytest.param(TWO, step_traffic.TWO, 2, id="two"),
-        pytest.param(FOUR_RANKS, [], 4, id="four", marks=pytest.mark.slow),
+        pytest.param(FOUR_RANKS, [], 4, id="four"),
         pytest.param(MORE_OF_TWO, [], 2, marks=pytest.mark.slow, id="more of two"),
         pytest.param(
             MORE_OF_FOUR, step_traffic.FOUR_RANKS, 4, marks=pytest.mark.slow, id="more of four"

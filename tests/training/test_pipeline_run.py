@@ -79,7 +79,6 @@ def _fit(configs: Sequence[RunConfig], copies: Sequence[tuple[Path, Path]]) -> N
                 build_trainer(config, groups).fit()
 
 
-@pytest.mark.slow
 def test_checkpoints_go_from_layout_to_layout_and_back(
     data: Path, alone: Path, tmp_path: Path
 ) -> None:
