@@ -2,25 +2,27 @@
 
 import torch
 
-from ttt_megatron.baselines.gated_delta import GatedDeltaNet, GatedDeltaSettings
+from ttt_megatron.baselines.gated_delta import GatedDeltaNet
 from ttt_megatron.baselines.initial_values import initial_value
-from ttt_megatron.baselines.mamba2 import Mamba2, Mamba2Settings
+from ttt_megatron.baselines.mamba2 import Mamba2
+from ttt_megatron.config.mixers import GatedDeltaConfig, Mamba2Config
 from ttt_megatron.config.schema import ModelConfig
 from ttt_megatron.model.init import draw
 from ttt_megatron.model.slots import Slots
 
 KINDS = ["mamba2", "gated_delta"]
-CONFIG = ModelConfig(hidden_size=12, num_heads=3, init_std=0.4)
-SETTINGS = {
-    "mamba2": Mamba2Settings(head_dim=6, state_size=5, conv_kernel=4),
-    "gated_delta": GatedDeltaSettings(expand_v=2, conv_kernel=4),
-}
+CONFIG = ModelConfig(
+    hidden_size=12,
+    num_heads=3,
+    init_std=0.4,
+    mamba2=Mamba2Config(head_dim=6, state_size=5, conv_kernel=4),
+    gated_delta=GatedDeltaConfig(expand_v=2, conv_kernel=4),
+)
 
 
-def mixer_of(kind, config=CONFIG, settings=None, dtype=torch.float64, seed=0):
+def mixer_of(kind, config=CONFIG, dtype=torch.float64, seed=0):
     """A mixer as `kind` names it; its parameters are drawn as a model's are, norms around 1."""
-    settings = settings or SETTINGS[kind]
-    mixer = {"mamba2": Mamba2, "gated_delta": GatedDeltaNet}[kind](config, Slots(), settings)
+    mixer = {"mamba2": Mamba2, "gated_delta": GatedDeltaNet}[kind](config, Slots())
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in mixer.named_parameters():

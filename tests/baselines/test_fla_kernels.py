@@ -5,14 +5,12 @@ import torch
 from mixer_case import draw_hidden, mixer_of, worst
 
 from ttt_megatron.baselines.fla_kernels import use_fla_kernels
-from ttt_megatron.baselines.gated_delta import GatedDeltaSettings
 from ttt_megatron.baselines.gated_delta_rule import gated_delta_rule
 from ttt_megatron.baselines.kernel_trial import (
     KernelMissingError,
     try_delta_rule,
     try_state_space,
 )
-from ttt_megatron.baselines.mamba2 import Mamba2Settings
 from ttt_megatron.baselines.state_space import state_space
 from ttt_megatron.config.schema import ModelConfig
 
@@ -95,8 +93,7 @@ def test_float64_is_not_theirs():
 def test_on_a_gpu_the_kernels_are_found_and_right(kind):
     pytest.importorskip("fla")
     config = ModelConfig(hidden_size=256, num_heads=4)
-    settings = {"mamba2": Mamba2Settings(), "gated_delta": GatedDeltaSettings()}[kind]
-    plain, fused = (mixer_of(kind, config, settings, torch.float32).to(CUDA) for _ in range(2))
+    plain, fused = (mixer_of(kind, config, torch.float32).to(CUDA) for _ in range(2))
     chosen = use_fla_kernels([fused], CUDA, torch.bfloat16)
     assert list(chosen.values()) == ["flash-linear-attention"]
     x = draw_hidden(2, 300, width=256, dtype=torch.bfloat16).to(CUDA)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from mixer_case import CONFIG, KINDS, SETTINGS, draw_hidden, mixer_of, read_in_pieces, worst
+from mixer_case import CONFIG, KINDS, draw_hidden, mixer_of, read_in_pieces, worst
 from torch.autograd import gradcheck
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
@@ -15,8 +15,11 @@ from ttt_megatron.baselines.work import (
     mamba2_flops,
     mamba2_parameters,
 )
-from ttt_megatron.config.schema import ModelConfig
+from ttt_megatron.config import from_dict
+from ttt_megatron.config.mixers import GatedDeltaConfig, Mamba2Config
+from ttt_megatron.config.schema import ModelConfig, OptimizerConfig
 from ttt_megatron.errors import UserError
+from ttt_megatron.model.decay import decays
 from ttt_megatron.model.slots import Slots
 
 COUNTS = {
@@ -92,12 +95,14 @@ def test_bfloat16_keeps_its_memory_in_float32(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_module_gradients_are_those_of_finite_differences(kind):
     """Of inputs, the state before and every parameter."""
-    config = ModelConfig(hidden_size=4, num_heads=2, init_std=0.4)
-    settings = {
-        "mamba2": type(SETTINGS["mamba2"])(head_dim=4, state_size=2, conv_kernel=2),
-        "gated_delta": type(SETTINGS["gated_delta"])(expand_v=1, conv_kernel=2),
-    }
-    mixer = mixer_of(kind, config, settings[kind])
+    config = ModelConfig(
+        hidden_size=4,
+        num_heads=2,
+        init_std=0.4,
+        mamba2=Mamba2Config(head_dim=4, state_size=2, conv_kernel=2),
+        gated_delta=GatedDeltaConfig(expand_v=1, conv_kernel=2),
+    )
+    mixer = mixer_of(kind, config)
     x = draw_hidden(1, 6, width=4)
     with torch.no_grad():
         past = mixer(x[:, :3], None, None)[1]
@@ -126,7 +131,7 @@ def test_parameters_are_counted_from_the_shapes(kind, width):
 def test_flops_are_those_of_the_products_made(kind):
     """PyTorch's counter sees matrix products; the convolution and the solving are neither."""
     config = ModelConfig(hidden_size=64, num_heads=4)
-    mixer, tokens = mixer_of(kind, config, type(SETTINGS[kind])(), torch.float32), 2 * 64
+    mixer, tokens = mixer_of(kind, config, torch.float32), 2 * 64
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         mixer(draw_hidden(2, tokens, 64, torch.float32), None, None)
     flops = COUNTS[kind][1](config)
@@ -165,5 +170,17 @@ def test_parts_are_refused(kind):
 
 
 def test_a_width_that_heads_do_not_divide_is_refused():
-    with pytest.raises(UserError, match=r"model\.hidden_size = 40: .* a multiple of 64"):
-        MIXER_MODULES["mamba2"](ModelConfig(hidden_size=40, num_heads=4), Slots())
+    shape = {"hidden_size": 40, "num_heads": 4, "num_suffix_layers": 0, "mixers": "mamba2"}
+    with pytest.raises(UserError, match=r"mamba2\.head_dim = 64 .*hidden_size = 40; .* of 80"):
+        from_dict({"model": shape, "inner": {"mode": "off"}})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("decay", ["all", "matrices"])
+def test_rates_and_steps_never_decay(kind, decay):
+    mixer = MIXER_MODULES[kind](CONFIG, Slots()).to(torch.bfloat16)
+    config = OptimizerConfig(decay=decay)
+    kept = {name for name, p in mixer.named_parameters() if not decays(p, config)}
+    own = {"A_log", "dt_bias", "D"} & {name for name, _ in mixer.named_parameters()}
+    vectors = {name for name, p in mixer.named_parameters() if p.ndim < 2}
+    assert kept == (own if decay == "all" else vectors)

@@ -8,11 +8,16 @@ from transformers.models.mamba2.configuration_mamba2 import Mamba2Config
 from transformers.models.qwen3_next import modeling_qwen3_next
 from transformers.models.qwen3_next.configuration_qwen3_next import Qwen3NextConfig
 
-from ttt_megatron.baselines.gated_delta import GatedDeltaSettings
-from ttt_megatron.baselines.mamba2 import Mamba2Settings
+from ttt_megatron.config import mixers
 from ttt_megatron.config.schema import ModelConfig
 
-CONFIG = ModelConfig(hidden_size=24, num_heads=3, init_std=0.3, norm_eps=1e-5)
+CONFIG = ModelConfig(
+    hidden_size=24,
+    num_heads=3,
+    init_std=0.3,
+    norm_eps=1e-5,
+    mamba2=mixers.Mamba2Config(head_dim=8, state_size=6),
+)
 
 
 class _Float64ForFloat32:
@@ -89,8 +94,8 @@ def theirs_gated_delta(mixer):
 
 
 CASES = {
-    "mamba2": (theirs_mamba2, Mamba2Settings(head_dim=8, state_size=6)),
-    "gated_delta": (theirs_gated_delta, GatedDeltaSettings()),
+    "mamba2": theirs_mamba2,
+    "gated_delta": theirs_gated_delta,
 }
 
 
@@ -98,9 +103,8 @@ CASES = {
 @pytest.mark.parametrize("kind", CASES)
 def test_values_and_gradients_are_theirs(kind, length, exact):
     """Of the inputs and, through the mapping of the weights, of every parameter."""
-    make, settings = CASES[kind]
-    mixer = mixer_of(kind, CONFIG, settings)
-    module, weights = make(mixer)
+    mixer = mixer_of(kind, CONFIG)
+    module, weights = CASES[kind](mixer)
     module = module.double()
     assert set(weights) == {name for name, _ in module.named_parameters()}
     x = draw_hidden(2, length, width=CONFIG.hidden_size).requires_grad_()

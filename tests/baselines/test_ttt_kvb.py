@@ -1,7 +1,6 @@
 """TTT-KVB layers against their definition, in pieces, and by what they are for."""
 
 import dataclasses
-from functools import partial
 
 import pytest
 import torch
@@ -10,7 +9,6 @@ from ttt_kvb_loop import loop
 
 import ttt_kernels
 from ttt_megatron.baselines.ttt_kvb import TTTKVB
-from ttt_megatron.baselines.ttt_kvb_settings import TTTKVBSettings
 from ttt_megatron.baselines.ttt_kvb_swa import SWATTTKVB
 from ttt_megatron.baselines.ttt_kvb_work import (
     fast_parameters,
@@ -19,6 +17,8 @@ from ttt_megatron.baselines.ttt_kvb_work import (
     ttt_kvb_flops,
     ttt_kvb_parameters,
 )
+from ttt_megatron.config import from_dict
+from ttt_megatron.config.mixers import TTTKVBConfig
 from ttt_megatron.config.schema import InnerConfig, ModelConfig
 from ttt_megatron.errors import UserError
 from ttt_megatron.meta.learner import Learner
@@ -51,7 +51,11 @@ CASES = {
 
 
 def settings_of(name, **changes):
-    return TTTKVBSettings(chunk_size=4, **{**CASES[name], **changes})
+    return TTTKVBConfig(chunk_size=4, **{**CASES[name], **changes})
+
+
+def config_of(name, config=CONFIG, **changes):
+    return dataclasses.replace(config, ttt_kvb=settings_of(name, **changes))
 
 
 def filled(module, dtype=torch.float64):
@@ -64,7 +68,7 @@ def filled(module, dtype=torch.float64):
 
 
 def layer_of(name, config=CONFIG, **changes):
-    return filled(TTTKVB(config, Slots(), settings_of(name, **changes)))
+    return filled(TTTKVB(config_of(name, config, **changes), Slots()))
 
 
 def inputs(rows=2, tokens=11, seed=0):
@@ -163,7 +167,7 @@ def test_a_step_brings_back_the_values_of_its_keys(name):
 @pytest.mark.parametrize("name", ["TTT-MLP", "LaCT"])
 def test_after_attention(window, name):
     config = dataclasses.replace(CONFIG, window_size=window)
-    layer = filled(SWATTTKVB(config, Slots(), settings_of(name)))
+    layer = filled(SWATTTKVB(config_of(name, config), Slots()))
     x = inputs().requires_grad_()
     whole, state = layer(x, rotations(x), None)
     attended, _ = layer.attention(x, rotations(x), None)
@@ -187,9 +191,13 @@ def test_a_model_reads_in_pieces_what_it_reads_at_once():
         mixers="swa_ttt_kvb, attention, ttt_kvb",
         init_std=0.3,
     )
+
+    def layer(kind, name):
+        return lambda config, slots: kind(config_of(name, config), slots)
+
     mixers = {
-        "ttt_kvb": partial(TTTKVB, settings=settings_of("TTT-MLP")),
-        "swa_ttt_kvb": partial(SWATTTKVB, settings=settings_of("LaCT")),
+        "ttt_kvb": layer(TTTKVB, "TTT-MLP"),
+        "swa_ttt_kvb": layer(SWATTTKVB, "LaCT"),
     }
     slots = Slots(mixers=mixers)
     learner = Learner(config, InnerConfig(mode="off"), dtype=torch.float64, slots=slots)
@@ -204,16 +212,16 @@ def test_a_model_reads_in_pieces_what_it_reads_at_once():
 
 @pytest.mark.parametrize("name", CASES)
 def test_counts_are_those_of_the_layer(name):
-    settings = settings_of(name)
+    config = config_of(name)
     layer = layer_of(name)
-    assert ttt_kvb_parameters(CONFIG, settings) == sum(p.numel() for p in layer.parameters())
-    both = SWATTTKVB(CONFIG, Slots(), settings)
-    assert swa_ttt_kvb_parameters(CONFIG, settings) == sum(p.numel() for p in both.parameters())
+    assert ttt_kvb_parameters(config) == sum(p.numel() for p in layer.parameters())
+    both = SWATTTKVB(config, Slots())
+    assert swa_ttt_kvb_parameters(config) == sum(p.numel() for p in both.parameters())
     x = inputs(rows=1, tokens=8)
     with FlopCounterMode(display=False) as counter:
         _, state = layer(x, rotations(x), None)
-    assert state.fast[0].numel() == fast_parameters(CONFIG, settings)
-    flops = ttt_kvb_flops(CONFIG, settings)
+    assert state.fast[0].numel() == fast_parameters(config)
+    flops = ttt_kvb_flops(config)
     # Whole squares of tokens are multiplied here, of which (4 + 1) / 2 in 4 are needed.
     computed = flops.linear + flops.fast + flops.within * 4 / 2.5
     assert counter.get_total_flops() == pytest.approx(8 * computed, rel=1e-3)
@@ -222,7 +230,7 @@ def test_counts_are_those_of_the_layer(name):
 def test_initial_values():
     settings = settings_of("LaCT")
     generator = torch.Generator().manual_seed(0)
-    layer = TTTKVB(CONFIG, Slots(), settings)
+    layer = TTTKVB(config_of("LaCT"), Slots())
     own = {
         name
         for name, part in layer.named_parameters()
@@ -231,9 +239,10 @@ def test_initial_values():
     assert own == {"fast_fc1", "fast_fc2", "rate_bias"}
     matrix = initial_value("a.fast_fc1", torch.Size((4, 50, 25)), generator, settings)
     assert matrix.std().item() == pytest.approx(0.2, rel=0.05)
-    assert initial_value("a.fast_fc1", matrix.shape, generator, settings_of("TTT-MLP")) is None
-    assert torch.equal(initial_value("a.binding_gain", (2, 3), generator), torch.ones(2, 3))
-    assert not initial_value("a.fast_bias2", (2, 3), generator).any()
+    other = settings_of("TTT-MLP")
+    assert initial_value("a.fast_fc1", matrix.shape, generator, other) is None
+    assert torch.equal(initial_value("a.binding_gain", (2, 3), generator, other), torch.ones(2, 3))
+    assert not initial_value("a.fast_bias2", (2, 3), generator, other).any()
 
 
 def test_bfloat16_keeps_fast_weights_in_float32():
@@ -254,24 +263,34 @@ def test_nothing_to_learn_has_finite_gradients():
     assert all(found.isfinite().all() for found in gradients(out, layer, x).values())
 
 
+def run_of(mixers, settings):
+    model = {"hidden_size": 12, "num_heads": 3, "num_suffix_layers": 0, "mixers": mixers}
+    return {"model": {**model, "ttt_kvb": settings}, "inner": {"mode": "off"}}
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"fast_mlp": "relu"}, "fast_mlp = relu: choose one of gelu, swiglu"),
-        ({"num_heads": 5}, "num_heads = 5: choose a divisor of model.hidden_size = 12"),
-        ({"num_heads": 4}, "4 heads of width 3 cannot be rotated"),
+        ({"fast_mlp": "relu"}, "fast_mlp must be one of gelu, swiglu, not 'relu'"),
+        ({"num_heads": 5}, "num_heads = 5 does not divide model.hidden_size = 12"),
+        ({"num_heads": 4}, "turns pairs, and 4 heads are 3 wide"),
         ({"chunk_size": 0}, "chunk_size = 0"),
         ({"num_heads": 0}, "num_heads = 0"),
         ({"expansion": 0.1}, "expansion = 0.1"),
         ({"rate": 0.0}, "rate = 0.0"),
-        ({"rate": float("inf")}, "rate = inf"),
+        ({"rate": float("inf")}, "rate must be a number, not inf"),
         ({"clip": -1.0}, "clip = -1.0"),
         ({"weight_norm": True}, "output_rule = previous or simplified"),
     ],
 )
 def test_settings_that_cannot_be(changes, words):
     with pytest.raises(UserError, match=words):
-        TTTKVB(CONFIG, Slots(), TTTKVBSettings(**changes))
+        from_dict(run_of("attention, swa_ttt_kvb", changes))
+
+
+@pytest.mark.parametrize("changes", [{"num_heads": 5}, {"weight_norm": True}])
+def test_models_without_such_layers_are_not_asked(changes):
+    from_dict(run_of("attention", changes))
 
 
 def test_what_a_layer_refuses():

@@ -4,15 +4,14 @@ Random texts of 32 tokens out of 16, three times each; a window of 4 never sees 
 """
 
 import math
-from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from ttt_megatron.baselines.ttt_kvb_settings import TTTKVBSettings
 from ttt_megatron.baselines.ttt_kvb_swa import SWATTTKVB
 from ttt_megatron.baselines.ttt_kvb_work import initial_value
+from ttt_megatron.config.mixers import TTTKVBConfig
 from ttt_megatron.config.schema import ModelConfig
 from ttt_megatron.model.init import draw
 from ttt_megatron.model.slots import Slots
@@ -20,8 +19,8 @@ from ttt_megatron.model.transformer import LanguageModel
 
 VOCABULARY, PERIOD, TIMES, STEPS = 16, 32, 3, 400
 CHANCE = math.log(VOCABULARY)
-TTT_MLP = TTTKVBSettings(chunk_size=PERIOD)
-LACT = TTTKVBSettings(
+TTT_MLP = TTTKVBConfig(chunk_size=PERIOD)
+LACT = TTTKVBConfig(
     chunk_size=PERIOD,
     fast_mlp="swiglu",
     expansion=1.0,
@@ -49,8 +48,9 @@ def model_of(mixers, settings):
         ffn_hidden_size=64,
         window_size=4,
         mixers=mixers,
+        ttt_kvb=settings,
     )
-    slots = Slots(mixers={"swa_ttt_kvb": partial(SWATTTKVB, settings=settings)})
+    slots = Slots(mixers={"swa_ttt_kvb": SWATTTKVB})
     model = LanguageModel(config, slots)
     for index, (name, parameter) in enumerate(model.named_parameters()):
         generator = torch.Generator().manual_seed(index)

@@ -6,6 +6,7 @@ import torch
 import ttt_kernels
 from ttt_kernels.swa_attention.reference import swa_attention_reference
 from ttt_kernels.work import Work
+from ttt_megatron.baselines.systems import as_system
 from ttt_megatron.bench import models
 from ttt_megatron.bench.attention_cases import attention_groups
 from ttt_megatron.bench.attention_shape import AttentionShape
@@ -132,7 +133,7 @@ def test_steps_of_all_models_are_measured():
 
 def test_what_does_not_fit_is_said_and_the_rest_is_measured():
     config = SIZE.at(32, "fp32")
-    others = sum(models.weight_bytes(models.baseline(config, kind), CPU) for kind in (SWA, FULL))
+    others = sum(models.weight_bytes(as_system(config, kind), CPU) for kind in ("swa", "full"))
     # Room for the plain step, and too little for the inner steps' besides.
     need = models.step_bytes(models.without_steps(config), CPU) + others + 1024
     group = meta_group(SIZE, 32, "fp32", CPU, 1, FLAT, need)
@@ -157,7 +158,7 @@ def test_sessions_are_measured():
 )
 def test_baselines_are_as_wide_as_the_published_ones(name, width):
     [size] = models.named_sizes([name])
-    plain = models.baseline(size.config, SWA).model
+    plain = as_system(size.config, "swa").model
     assert plain.ffn_hidden_size == width
     ours, theirs = count_parameters(size.config.model), count_parameters(plain)
     assert theirs.total == pytest.approx(ours.total, rel=0.02)

@@ -97,14 +97,9 @@ def test_every_text_and_switch_survives_a_saved_recipe(write, name):
         "parallel.context_order": {"context": 2},
         "parallel.overlap_param_gather": {"overlap_grad_reduce": True},
     }
-    data: dict = {"parallel": needed.get(name, {})}
+    data = {"parallel": needed.get(name, {}), name: other_value(name)}
     if name.startswith("fp8."):
         data["training"] = {"precision": "fp8"}
-    if "." in name:
-        section, field = name.split(".")
-        data.setdefault(section, {})[field] = other_value(name)
-    else:
-        data[name] = other_value(name)
     config = from_dict(data)
     assert load_recipe(write("saved.yaml", to_yaml(config))) == config
 

@@ -5,13 +5,16 @@ from ttt_megatron.config.schema import RunConfig
 from ttt_megatron.config.yaml_text import parse_yaml
 
 
-def test_every_key_is_there_with_help_and_a_default_that_a_recipe_can_hold():
-    expected = {}
-    for section, value in to_dict(RunConfig()).items():
+def leaves(values, prefix=""):
+    for name, value in values.items():
         if isinstance(value, dict):
-            expected |= {f"{section}.{name}": default for name, default in value.items()}
+            yield from leaves(value, f"{prefix}{name}.")
         else:
-            expected[section] = value
+            yield f"{prefix}{name}", value
+
+
+def test_every_key_is_there_with_help_and_a_default_that_a_recipe_can_hold():
+    expected = dict(leaves(to_dict(RunConfig())))
     references = key_references()
     assert {r.name: parse_yaml(r.default, r.name) for r in references} == expected
     for reference in references:

@@ -20,6 +20,7 @@ SMALL = (
 NUMBERS = [name for name, key in known_keys().items() if key.kind in (int, float)]
 MAY_BE_ZERO = {
     "model.num_suffix_layers",  # with inner.mode=off
+    "model.ttt_kvb.clip",
     "inner.clip",
     "inner.lr_start",
     "inner.lr_warmup_fraction",

@@ -4,6 +4,7 @@ Each takes attention's place in a block and is called as attention is.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,13 @@ MIXER_MODULES: Mapping[str, Callable[[ModelConfig, Slots], nn.Module]] = {
 """What makes a mixer of a kind that model.mixers names."""
 
 
-def initial_value(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor | None:
-    """The initial value, float32, of a parameter that only mixers have; None of all others."""
-    own = initial_values.initial_value(name, shape, generator)
-    return own if own is not None else ttt_kvb_work.initial_value(name, shape, generator)
+def with_mixers(slots: Slots, config: ModelConfig) -> Slots:
+    """The same slots with every mixer, and how their own parameters are drawn."""
+
+    def initial_value(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor | None:
+        own = initial_values.initial_value(name, shape, generator)
+        if own is not None:
+            return own
+        return ttt_kvb_work.initial_value(name, shape, generator, config.ttt_kvb)
+
+    return replace(slots, mixers=MIXER_MODULES, initial_value=initial_value)

@@ -1,6 +1,5 @@
 """Gated DeltaNet (arXiv 2412.06464) in attention's place, computed as Qwen3-Next computes it."""
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -10,25 +9,11 @@ from torch import Tensor, nn
 from ttt_megatron.baselines.gated_delta_rule import DeltaRule, gated_delta_rule
 from ttt_megatron.baselines.short_convolution import ShortConvolution
 from ttt_megatron.config.schema import ModelConfig
+from ttt_megatron.model.decay import undecayed
 from ttt_megatron.model.slots import Slots
 
 _L2_EPS = 1e-6
 """Inside the root that queries and keys are divided by (flash-linear-attention's, Qwen3-Next's)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class GatedDeltaSettings:
-    """Shapes beside the model's width and heads, which are model.num_heads.
-
-    Keys are hidden_size / num_heads wide and values expand_v times that; expand_v and conv_kernel
-    default to those of flash-linear-attention's GatedDeltaNet.
-    """
-
-    expand_v: int = 2
-    conv_kernel: int = 4
-
-
-GATED_DELTA = GatedDeltaSettings()
 
 
 class GatedDeltaState(NamedTuple):
@@ -49,12 +34,11 @@ class GatedDeltaNet(nn.Module):
     `rule` is what runs the recurrence. Raises ValueError where slots cut layers into parts.
     """
 
-    def __init__(
-        self, config: ModelConfig, slots: Slots, settings: GatedDeltaSettings = GATED_DELTA
-    ) -> None:
+    def __init__(self, config: ModelConfig, slots: Slots) -> None:
         super().__init__()
         if slots.parts != 1:
             raise ValueError(f"Gated DeltaNet is not cut into parts, and there are {slots.parts}")
+        settings = config.gated_delta
         self.heads = config.num_heads
         self.key_dim = config.hidden_size // config.num_heads
         self.value_dim = settings.expand_v * self.key_dim
@@ -64,8 +48,8 @@ class GatedDeltaNet(nn.Module):
         self._columns = [2 * keys + values, values, self.heads, self.heads]
         self.linear_in = slots.column(config.hidden_size, sum(self._columns))
         self.convolution = ShortConvolution(sum(self._channels), settings.conv_kernel, bias=False)
-        self.A_log = nn.Parameter(torch.empty(self.heads))
-        self.dt_bias = nn.Parameter(torch.empty(self.heads))
+        self.A_log = undecayed(torch.empty(self.heads))
+        self.dt_bias = undecayed(torch.empty(self.heads))
         self.output_norm = slots.norm(self.value_dim, config.norm_eps)
         self.linear_out = slots.row(values, config.hidden_size)
         self.rule: DeltaRule = gated_delta_rule

@@ -1,6 +1,5 @@
 """Mamba 2 (arXiv 2405.21060) in attention's place, laid out as state-spaces/mamba's Mamba2."""
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -10,35 +9,8 @@ from torch import Tensor, nn
 from ttt_megatron.baselines.short_convolution import ShortConvolution
 from ttt_megatron.baselines.state_space import StateSpace, state_space
 from ttt_megatron.config.schema import ModelConfig
-from ttt_megatron.errors import UserError
+from ttt_megatron.model.decay import undecayed
 from ttt_megatron.model.slots import Slots
-
-
-@dataclass(frozen=True, kw_only=True)
-class Mamba2Settings:
-    """Shapes beside the model's width; defaults are those of the paper's language models.
-
-    (state-spaces/mamba: d_state, headdim, expand and d_conv of modules/mamba2.py, one group.)
-    """
-
-    head_dim: int = 64
-    state_size: int = 128
-    expand: int = 2
-    conv_kernel: int = 4
-
-    def inner_size(self, config: ModelConfig) -> int:
-        """Channels of all heads. Raises UserError where heads do not divide them."""
-        inner = self.expand * config.hidden_size
-        if inner % self.head_dim:
-            raise UserError(
-                f"model.hidden_size = {config.hidden_size}: Mamba 2 cuts {self.expand} times as "
-                f"many channels into heads of {self.head_dim}; make it a multiple of "
-                f"{self.head_dim} or set other mixers"
-            )
-        return inner
-
-
-MAMBA2 = Mamba2Settings()
 
 
 class Mamba2State(NamedTuple):
@@ -59,13 +31,11 @@ class Mamba2(nn.Module):
     `scan` is what runs the recurrence. Raises ValueError where slots cut layers into parts.
     """
 
-    def __init__(
-        self, config: ModelConfig, slots: Slots, settings: Mamba2Settings = MAMBA2
-    ) -> None:
+    def __init__(self, config: ModelConfig, slots: Slots) -> None:
         super().__init__()
         if slots.parts != 1:
             raise ValueError(f"Mamba 2 is not cut into parts, and there are {slots.parts}")
-        self.settings = settings
+        self.settings = settings = config.mamba2
         self.inner_size = settings.inner_size(config)
         self.heads = self.inner_size // settings.head_dim
         convolved = self.inner_size + 2 * settings.state_size
@@ -73,9 +43,9 @@ class Mamba2(nn.Module):
         self._columns = [self.inner_size, convolved, self.heads]
         self.linear_in = slots.column(config.hidden_size, sum(self._columns))
         self.convolution = ShortConvolution(convolved, settings.conv_kernel, bias=True)
-        self.A_log = nn.Parameter(torch.empty(self.heads))
-        self.D = nn.Parameter(torch.empty(self.heads))
-        self.dt_bias = nn.Parameter(torch.empty(self.heads))
+        self.A_log = undecayed(torch.empty(self.heads))
+        self.D = undecayed(torch.empty(self.heads))
+        self.dt_bias = undecayed(torch.empty(self.heads))
         self.output_norm = slots.norm(self.inner_size, config.norm_eps)
         self.linear_out = slots.row(self.inner_size, config.hidden_size)
         self.scan: StateSpace = state_space

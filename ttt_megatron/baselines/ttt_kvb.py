@@ -14,7 +14,6 @@ import ttt_kernels
 from ttt_kernels.dtypes import accumulation_dtype
 from ttt_megatron.baselines.ttt_kvb_chunk import Run, read_run, take_step
 from ttt_megatron.baselines.ttt_kvb_fast import Binding, FastWeights
-from ttt_megatron.baselines.ttt_kvb_settings import TTT_KVB, TTTKVBSettings, check_settings
 from ttt_megatron.baselines.ttt_kvb_state import TTTKVBState, common_place, pack, unpack
 from ttt_megatron.config.schema import ModelConfig
 from ttt_megatron.model.slots import Slots, optional_norm
@@ -25,15 +24,13 @@ class TTTKVB(nn.Module):
 
     Parameters beside the linear maps and norms: fast_fc1 [n, F, d], fast_fc2 [n, d, I],
     fast_bias1 [n, F] and fast_bias2 [n, d] (gelu), binding_gain and binding_bias [n, d] (squared),
-    rate_bias [n] (learned rates). Raises UserError for settings that cannot be, ValueError where
-    slots cut layers into parts.
+    rate_bias [n] (learned rates). Raises ValueError where slots cut layers into
+    parts.
     """
 
-    def __init__(
-        self, config: ModelConfig, slots: Slots, settings: TTTKVBSettings = TTT_KVB
-    ) -> None:
+    def __init__(self, config: ModelConfig, slots: Slots) -> None:
         super().__init__()
-        check_settings(settings, config)
+        settings = config.ttt_kvb
         if slots.parts != 1:
             raise ValueError(f"TTT-KVB is not cut into parts, and there are {slots.parts}")
         self.config, self.settings = config, settings

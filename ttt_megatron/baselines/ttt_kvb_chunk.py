@@ -26,7 +26,7 @@ from ttt_megatron.baselines.ttt_kvb_fast import (
     product,
     run_fast,
 )
-from ttt_megatron.baselines.ttt_kvb_settings import TTTKVBSettings
+from ttt_megatron.config.mixers import TTTKVBConfig
 
 
 class Run(NamedTuple):
@@ -51,7 +51,7 @@ def read_run(
     total: FastWeights | None,
     seen: int,
     binding: Binding,
-    settings: TTTKVBSettings,
+    settings: TTTKVBConfig,
 ) -> tuple[Tensor, FastWeights]:
     """What the tokens read [b, n, t, d], and the chunk's gradients summed up to their last.
 
@@ -83,7 +83,7 @@ def take_step(
     weights: FastWeights,
     total: FastWeights,
     initial: FastWeights,
-    settings: TTTKVBSettings,
+    settings: TTTKVBConfig,
 ) -> FastWeights:
     """The weights after a whole chunk; `initial` are those whose norms weight_norm keeps."""
     share = 1.0 / settings.chunk_size if settings.average else 1.0
@@ -141,7 +141,7 @@ def _scales(
     second: Terms,
     total: FastWeights | None,
     seen: int,
-    settings: TTTKVBSettings,
+    settings: TTTKVBConfig,
 ) -> Tensor:
     """m_t c_t for every token of a run: [t], or [b, n, t] where steps are clipped."""
     count = first.adjoints.shape[-2]

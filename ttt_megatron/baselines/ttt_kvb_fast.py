@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ttt_kernels.dtypes import accumulation_dtype
-from ttt_megatron.baselines.ttt_kvb_settings import BindingLoss, FastMLPKind
+from ttt_megatron.config.mixers import BindingLoss, FastMLPKind
 
 
 class FastWeights(NamedTuple):

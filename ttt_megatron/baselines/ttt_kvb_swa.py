@@ -4,7 +4,6 @@ import torch
 from torch import Tensor, nn
 
 from ttt_megatron.baselines.ttt_kvb import TTTKVB
-from ttt_megatron.baselines.ttt_kvb_settings import TTT_KVB, TTTKVBSettings
 from ttt_megatron.baselines.ttt_kvb_state import SWATTTKVBState, TTTKVBState
 from ttt_megatron.config.schema import ModelConfig
 from ttt_megatron.model.attention import KV, SelfAttention
@@ -17,14 +16,12 @@ class SWATTTKVB(nn.Module):
     a = attention(x);  out = a + TTT-KVB(norm(x + a)). Raises as `TTTKVB` does.
     """
 
-    def __init__(
-        self, config: ModelConfig, slots: Slots, settings: TTTKVBSettings = TTT_KVB
-    ) -> None:
+    def __init__(self, config: ModelConfig, slots: Slots) -> None:
         super().__init__()
         self.window = config.window_size
         self.attention = SelfAttention(config, slots, config.window_size)
         self.ttt_norm = slots.norm(config.hidden_size, config.norm_eps)
-        self.ttt = TTTKVB(config, slots, settings)
+        self.ttt = TTTKVB(config, slots)
 
     def forward(
         self, x: Tensor, rotation: Tensor, past: SWATTTKVBState | None

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ttt_megatron.baselines.ttt_kvb_settings import TTT_KVB, TTTKVBSettings
+from ttt_megatron.config.mixers import TTTKVBConfig
 from ttt_megatron.config.schema import ModelConfig
 
 
@@ -28,36 +28,39 @@ class TTTKVBFlops:
         return self.linear + self.fast + self.within
 
 
-def ttt_kvb_parameters(config: ModelConfig, settings: TTTKVBSettings = TTT_KVB) -> int:
+def ttt_kvb_parameters(config: ModelConfig) -> int:
     """Parameters of a `TTTKVB` layer, its norms' gains included."""
-    width, heads, head_dim = _sizes(config, settings)
+    settings = config.ttt_kvb
+    width, heads, head_dim = _sizes(config)
     linear = (4 if settings.has_queries else 3) * width * width
     normed = (2 if settings.has_queries else 1) * config.qk_norm + 1
     binding = 2 * width if settings.loss == "squared" else 0
     rate = 0 if settings.rate_form == "constant" else heads * (width + 1)
-    return linear + normed * head_dim + binding + rate + fast_parameters(config, settings)
+    return linear + normed * head_dim + binding + rate + fast_parameters(config)
 
 
-def swa_ttt_kvb_parameters(config: ModelConfig, settings: TTTKVBSettings = TTT_KVB) -> int:
+def swa_ttt_kvb_parameters(config: ModelConfig) -> int:
     """Parameters of a `SWATTTKVB` mixer: attention, the norm between, the layer."""
     width = config.hidden_size
     head_dim = width // config.num_heads
     kv_width = (config.num_kv_heads or config.num_heads) * head_dim
     attention = 2 * width * width + 2 * width * kv_width + 2 * head_dim * config.qk_norm
-    return attention + width + ttt_kvb_parameters(config, settings)
+    return attention + width + ttt_kvb_parameters(config)
 
 
-def fast_parameters(config: ModelConfig, settings: TTTKVBSettings = TTT_KVB) -> int:
+def fast_parameters(config: ModelConfig) -> int:
     """Fast weights of a layer: n · P, what its state holds of each kind for every sequence."""
-    _, heads, head_dim = _sizes(config, settings)
+    settings = config.ttt_kvb
+    _, heads, head_dim = _sizes(config)
     hidden = settings.fast_width(config)
     biases = head_dim + settings.gates * hidden if settings.has_biases else 0
     return heads * ((settings.gates + 1) * hidden * head_dim + biases)
 
 
-def ttt_kvb_flops(config: ModelConfig, settings: TTTKVBSettings = TTT_KVB) -> TTTKVBFlops:
+def ttt_kvb_flops(config: ModelConfig) -> TTTKVBFlops:
     """FLOPs a token of a `TTTKVB` layer's forward pass."""
-    width, heads, head_dim = _sizes(config, settings)
+    settings = config.ttt_kvb
+    width, heads, head_dim = _sizes(config)
     hidden = settings.fast_width(config)
     rows = settings.gates * hidden
     matrices = heads * (rows + hidden) * head_dim
@@ -78,7 +81,7 @@ def initial_value(
     name: str,
     shape: torch.Size,
     generator: torch.Generator,
-    settings: TTTKVBSettings = TTT_KVB,
+    settings: TTTKVBConfig,
 ) -> Tensor | None:
     """The initial value, float32, of a whole parameter of this name; None if others draw it.
 
@@ -96,5 +99,5 @@ def initial_value(
     return None
 
 
-def _sizes(config: ModelConfig, settings: TTTKVBSettings) -> tuple[int, int, int]:
-    return config.hidden_size, settings.heads(config), settings.head_dim(config)
+def _sizes(config: ModelConfig) -> tuple[int, int, int]:
+    return config.hidden_size, config.ttt_kvb.heads(config), config.ttt_kvb.head_dim(config)

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ttt_megatron.baselines.systems import as_system
 from ttt_megatron.bench import models
 from ttt_megatron.bench.case import Case, Group, Missing
 from ttt_megatron.bench.ceilings import Ceilings
@@ -30,8 +31,8 @@ def latency_group(
     config = size.at(length, precision)
     variants = {
         E2E: config,
-        SWA: models.baseline(config, SWA),
-        FULL: models.baseline(config, FULL),
+        SWA: as_system(config, "swa"),
+        FULL: as_system(config, "full"),
     }
     flops = sum(step_work(c, tile=1).total.flops for c in variants.values()) / 3
     return Group(

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ttt_kernels.work import Work
+from ttt_megatron.baselines.systems import as_system
 from ttt_megatron.bench import baselines, models
 from ttt_megatron.bench.case import Case, Group, Missing
 from ttt_megatron.bench.ceilings import Ceilings
@@ -44,8 +45,8 @@ def meta_group(
     variants = {
         E2E: config,
         PLAIN: models.without_steps(config),
-        SWA: models.baseline(config, SWA),
-        FULL: models.baseline(config, FULL),
+        SWA: as_system(config, "swa"),
+        FULL: as_system(config, "full"),
     }
     chosen, missing = _choose(variants, device, available)
     seconds = sum(

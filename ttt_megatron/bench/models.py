@@ -20,8 +20,6 @@ from ttt_megatron.training.float8 import float8_products
 from ttt_megatron.training.weights import build_learner
 
 E2E, SWA, FULL = "TTT-E2E", "SWA", "full attention"
-# Published baselines' MLPs are rounded down to multiples of this.
-_ROUNDING = 256
 TINY = "tiny"
 _TINY = {
     "name": TINY,
@@ -111,24 +109,6 @@ def tiny_size() -> Size:
 def without_steps(config: RunConfig) -> RunConfig:
     """The same model with its prime MLPs as ordinary layers."""
     return replace(config, inner=replace(config.inner, mode="off", two_level=False))
-
-
-def baseline(config: RunConfig, kind: str) -> RunConfig:
-    """SWA or FULL attention without prime MLPs, whose weights are spread over all MLPs."""
-    model = config.model
-    prime = model.prime_ffn_hidden_size or model.ffn_hidden_size
-    ffn = model.ffn_hidden_size + prime * model.num_suffix_layers // model.num_layers
-    if ffn >= 4 * _ROUNDING:
-        ffn -= ffn % _ROUNDING
-    window = None if kind == FULL else model.window_size
-    plain = replace(
-        model,
-        num_suffix_layers=0,
-        ffn_hidden_size=ffn,
-        prime_ffn_hidden_size=None,
-        window_size=window,
-    )
-    return replace(without_steps(config), model=plain)
 
 
 def with_memory(

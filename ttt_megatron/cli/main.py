@@ -30,6 +30,10 @@ COMMANDS = {
     "config": ("ttt_megatron.cli.config", "Print a recipe, resolved, or the reference of keys."),
     "bench": ("ttt_megatron.cli.bench", "Measure speed and memory, kernels to whole steps."),
     "plan": ("ttt_megatron.cli.plan", "Estimate memory, time and transfers of a run."),
+    "baselines": (
+        "ttt_megatron.cli.baselines",
+        "Make recipes of the systems a TTT-E2E recipe is compared with.",
+    ),
     "parameters": ("ttt_megatron.cli.parameters", "Count a model's parameters."),
 }
 EXIT_USER_ERROR = 2

@@ -7,10 +7,11 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from ttt_megatron.baselines.counts import count_with_mixers
 from ttt_megatron.config import load_recipe
-from ttt_megatron.config.schema import ATTENTION_MIXERS, RunConfig
+from ttt_megatron.config.schema import RunConfig
 from ttt_megatron.errors import UserError
-from ttt_megatron.model.parameters import ParameterCounts, count_parameters
+from ttt_megatron.model.parameters import ParameterCounts
 
 NAME = "parameters"
 HELP = "Count a model's parameters, by group."
@@ -64,29 +65,7 @@ def _published_recipes() -> dict[str, Path]:
 def _count(config: RunConfig, name: str) -> ParameterCounts:
     if config.model.vocab_size is None:
         raise UserError(f"{name}: model.vocab_size is not set; add model.vocab_size=NUMBER")
-    if set(config.model.mixer_kinds) <= set(ATTENTION_MIXERS):
-        return count_parameters(config.model)
-    return _count_built(config)
-
-
-def _count_built(config: RunConfig) -> ParameterCounts:
-    """The counts of a model with other mixers, made without memory; those count as blocks."""
-    import torch
-
-    from ttt_megatron.training.weights import build_learner
-
-    with torch.device("meta"):
-        model = build_learner(config).model
-    groups = dict.fromkeys(("embedding", "head", "blocks", "prime", "norms"), 0)
-    for name, parameter in model.named_parameters():
-        if name.startswith(("embedding.", "output.")):
-            group = "embedding" if name.startswith("embedding.") else "head"
-        elif ".prime_mlp." in name:
-            group = "prime"
-        else:
-            group = "blocks" if ".mixer." in name or parameter.dim() == 2 else "norms"
-        groups[group] += parameter.numel()
-    return ParameterCounts(**groups)
+    return count_with_mixers(config.model)
 
 
 def _table(rows: list[tuple[str, ParameterCounts]]) -> Table:

@@ -87,11 +87,14 @@ def nearest_key(name: str) -> str:
     same_leaf = [key for key in known_keys() if key.rpartition(".")[2] == name.rpartition(".")[2]]
     candidates = same_leaf or list(known_keys())
 
-    def likeness(key: str) -> float:
+    def likeness(key: str) -> tuple[float, int]:
+        # Of keys with the same last part, the one of fewer sections.
+        depth = -key.count(".")
         whole = difflib.SequenceMatcher(None, name, key).ratio()
         if "." in name:
-            return whole
-        return max(whole, difflib.SequenceMatcher(None, name, key.rpartition(".")[2]).ratio())
+            return whole, depth
+        leaf = difflib.SequenceMatcher(None, name, key.rpartition(".")[2]).ratio()
+        return max(whole, leaf), depth
 
     return max(candidates, key=likeness)
 

@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Iterator
 
-from ttt_megatron.config.schema import ATTENTION_MIXERS, MIXERS, RunConfig
+from ttt_megatron.config.schema import ATTENTION_MIXERS, MIXERS, ModelConfig, RunConfig
 
 
 def mixer_problems(config: RunConfig) -> Iterator[str]:
@@ -36,4 +36,43 @@ def mixer_problems(config: RunConfig) -> Iterator[str]:
         yield (
             f"parallel.tensor = {parallel.tensor} cuts attention by heads, and {recurrent[0]} of "
             f"model.mixers = {model.mixers} is not cut; set parallel.tensor=1"
+        )
+    if "mamba2" in given:
+        yield from _mamba2(model)
+    if {"ttt_kvb", "swa_ttt_kvb"} & set(given):
+        yield from _ttt_kvb(model)
+
+
+def _mamba2(model: ModelConfig) -> Iterator[str]:
+    settings = model.mamba2
+    if settings.inner_size(model) % settings.head_dim:
+        yield (
+            f"model.mamba2.head_dim = {settings.head_dim} does not divide the channels of Mamba 2, "
+            f"{settings.expand} times model.hidden_size = {model.hidden_size}; choose a divisor of "
+            f"{settings.inner_size(model)}"
+        )
+
+
+def _ttt_kvb(model: ModelConfig) -> Iterator[str]:
+    settings, section = model.ttt_kvb, "model.ttt_kvb"
+    heads = settings.heads(model)
+    if model.hidden_size % heads:
+        yield (
+            f"{section}.num_heads = {heads} does not divide model.hidden_size = "
+            f"{model.hidden_size}; choose a divisor"
+        )
+    if settings.positions == "chunk" and settings.head_dim(model) % 2:
+        yield (
+            f"{section}.positions = chunk turns pairs, and {heads} heads are "
+            f"{settings.head_dim(model)} wide; choose {section}.num_heads for an even width"
+        )
+    if settings.fast_width(model) < 1:
+        yield (
+            f"{section}.expansion = {settings.expansion} leaves no hidden width of heads "
+            f"{settings.head_dim(model)} wide; choose more"
+        )
+    if settings.weight_norm and settings.output_rule == "updated":
+        yield (
+            f"{section}.weight_norm = true normalises weights between chunks alone; choose "
+            f"{section}.output_rule = previous or simplified"
         )

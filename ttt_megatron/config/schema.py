@@ -4,7 +4,10 @@ The sentence in a field's metadata feeds `--help` and the configuration referenc
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
+
+from ttt_megatron.config.mixers import GatedDeltaConfig, Mamba2Config, TTTKVBConfig
+from ttt_megatron.config.setting import setting
 
 InnerMode = Literal["meta", "first_order", "naive", "off"]
 MemoryPolicy = Literal["recompute", "save_activations", "save_all"]
@@ -20,11 +23,6 @@ Float8Scaling = Literal["tensor", "row"]
 ATTENTION_MIXERS = ("attention", "full")
 """Mixers that are softmax attention; they differ in their window."""
 MIXERS = (*ATTENTION_MIXERS, "mamba2", "gated_delta", "ttt_kvb", "swa_ttt_kvb")
-
-
-def setting(default: Any, text: str) -> Any:
-    """A dataclass field with a default and one sentence of help."""
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +69,9 @@ class ModelConfig:
     init_std: float = setting(0.02, "Standard deviation of the matrices at initialisation.")
     embedding_init_std: float | None = setting(None, "The embedding's; None equals init_std.")
     prime_init_std: float | None = setting(None, "The prime MLPs'; None equals init_std.")
+    mamba2: Mamba2Config = field(default_factory=Mamba2Config)
+    gated_delta: GatedDeltaConfig = field(default_factory=GatedDeltaConfig)
+    ttt_kvb: TTTKVBConfig = field(default_factory=TTTKVBConfig)
 
     @property
     def mixer_kinds(self) -> list[str]:
@@ -135,7 +136,9 @@ class OptimizerConfig:
     beta2: float = setting(0.95, "Decay of Adam's second moment.")
     eps: float = setting(1e-8, "Adam's epsilon, outside the root.")
     weight_decay: float = setting(0.1, "Decoupled weight decay, times the learning rate.")
-    decay: Literal["all", "matrices"] = setting("all", "Parameters that decay.")
+    decay: Literal["all", "matrices"] = setting(
+        "all", "Parameters that decay; A_log, dt_bias and D of Mamba 2 and Gated DeltaNet never do."
+    )
     clip_grad: float = setting(1.0, "Global norm the outer gradient is clipped to; 0 is off.")
     fused: FusedAdam = setting(
         "auto",

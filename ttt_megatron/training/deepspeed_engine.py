@@ -18,6 +18,7 @@ from ttt_megatron.config.schema import OptimizerConfig, RunConfig
 from ttt_megatron.data.stream import Batch
 from ttt_megatron.meta.learner import Learner
 from ttt_megatron.meta.part import WHOLE
+from ttt_megatron.model.decay import decays
 from ttt_megatron.parallel.groups import Groups
 from ttt_megatron.training.deepspeed_setup import start_deepspeed
 from ttt_megatron.training.engine import Update
@@ -179,15 +180,13 @@ class ZeroState(AdamShards):
 
 
 def _adam(learner: Learner, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over the learner's parameters; with `decay: matrices` no others decay."""
-    matrices = [p for p in learner.parameters() if p.ndim >= 2]
-    vectors = [p for p in learner.parameters() if p.ndim < 2]
-    groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    if config.decay == "all":
-        groups = [{"params": list(learner.parameters()), "weight_decay": config.weight_decay}]
+    """AdamW over the learner's parameters, those that do not decay in a group of their own."""
+    parameters = list(learner.parameters())
+    shrunk = [p for p in parameters if decays(p, config)]
+    kept = [p for p in parameters if not decays(p, config)]
+    groups = [{"params": shrunk, "weight_decay": config.weight_decay}]
+    if kept:
+        groups.append({"params": kept, "weight_decay": 0.0})
     return torch.optim.AdamW(
         groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps
     )

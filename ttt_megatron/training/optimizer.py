@@ -20,6 +20,7 @@ from megatron.core.optimizer.optimizer_config import ParamPredicate
 from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 
 from ttt_megatron.config.schema import OptimizerConfig
+from ttt_megatron.model.decay import decays
 from ttt_megatron.parallel.groups import Groups
 from ttt_megatron.parallel.replica import is_second_copy, learner_of, parameter_dtype
 from ttt_megatron.parallel.standins import megatron_scope
@@ -163,8 +164,6 @@ def _mcore_config(config: OptimizerConfig, dtype: torch.dtype) -> McoreOptimizer
 
 
 def _decay_overrides(config: OptimizerConfig) -> dict[ParamKey, ParamGroupOverride]:
-    """Which parameters do not decay: none, or everything that is no matrix."""
-    if config.decay == "all":
-        return {}
-    vectors = ParamPredicate(name="not_a_matrix", fn=lambda parameter: parameter.ndim < 2)
-    return {ParamKey(predicate=vectors): ParamGroupOverride(wd_mult=0.0)}
+    """Which parameters do not decay."""
+    kept = ParamPredicate(name="decays_not", fn=lambda parameter: not decays(parameter, config))
+    return {ParamKey(predicate=kept): ParamGroupOverride(wd_mult=0.0)}

@@ -3,7 +3,6 @@
 import contextlib
 import io
 import warnings
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -64,9 +63,9 @@ def build_learner(
     `slots` are the layers of a rank's part of it, `stage` its blocks; None builds all of it.
     """
     if set(config.model.mixer_kinds) - set(ATTENTION_MIXERS):
-        from ttt_megatron.baselines import MIXER_MODULES, initial_value
+        from ttt_megatron.baselines import with_mixers
 
-        slots = replace(slots or Slots(), mixers=MIXER_MODULES, initial_value=initial_value)
+        slots = with_mixers(slots or Slots(), config.model)
     return Learner(
         config.model,
         config.inner,

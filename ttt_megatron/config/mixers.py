@@ -1,11 +1,12 @@
-"""Settings of TTT-KVB layers, and what they cannot be."""
+"""Settings of the mixers that stand in attention's place. Knows no torch."""
 
-import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal
 
-from ttt_megatron.config.schema import ModelConfig, setting
-from ttt_megatron.errors import UserError
+from ttt_megatron.config.setting import setting
+
+if TYPE_CHECKING:
+    from ttt_megatron.config.schema import ModelConfig
 
 FastMLPKind = Literal["gelu", "swiglu"]
 BindingLoss = Literal["squared", "dot"]
@@ -15,7 +16,35 @@ Positions = Literal["chunk", "absolute", "none"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class TTTKVBSettings:
+class Mamba2Config:
+    """Shapes beside the model's width; defaults are those of the paper's language models.
+
+    (state-spaces/mamba: headdim, d_state, expand and d_conv of modules/mamba2.py, one group.)
+    """
+
+    head_dim: int = setting(64, "Channels a head of Mamba 2; divides expand times the width.")
+    state_size: int = setting(128, "Rows of a head's memory.")
+    expand: int = setting(2, "Channels of all heads, over the model's width.")
+    conv_kernel: int = setting(4, "Tokens that the convolution before the recurrence sees.")
+
+    def inner_size(self, model: "ModelConfig") -> int:
+        """Channels of all heads."""
+        return self.expand * model.hidden_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatedDeltaConfig:
+    """Shapes beside the model's width and heads, which are model.num_heads.
+
+    Keys are hidden_size / num_heads wide; defaults are flash-linear-attention's GatedDeltaNet's.
+    """
+
+    expand_v: int = setting(2, "Width of a value of Gated DeltaNet, over its key's.")
+    conv_kernel: int = setting(4, "Tokens that the convolution before the recurrence sees.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TTTKVBConfig:
     """One TTT-KVB layer: its fast MLPs, what they learn, and when what they learnt is seen."""
 
     chunk_size: int = setting(1024, "Tokens whose gradients make one inner step.")
@@ -58,17 +87,17 @@ class TTTKVBSettings:
         "What rotates queries and keys: their place in the chunk, in the sequence, or nothing.",
     )
 
-    def heads(self, config: ModelConfig) -> int:
+    def heads(self, model: "ModelConfig") -> int:
         """Fast MLPs in a layer."""
-        return self.num_heads or config.num_heads
+        return self.num_heads or model.num_heads
 
-    def head_dim(self, config: ModelConfig) -> int:
+    def head_dim(self, model: "ModelConfig") -> int:
         """Width of a fast MLP's input and output."""
-        return config.hidden_size // self.heads(config)
+        return model.hidden_size // self.heads(model)
 
-    def fast_width(self, config: ModelConfig) -> int:
+    def fast_width(self, model: "ModelConfig") -> int:
         """Hidden width of a fast MLP."""
-        return round(self.expansion * self.head_dim(config))
+        return round(self.expansion * self.head_dim(model))
 
     @property
     def has_queries(self) -> bool:
@@ -84,50 +113,3 @@ class TTTKVBSettings:
     def gates(self) -> int:
         """Hidden widths that the first fast matrix puts out: gate and value, or one."""
         return 2 if self.fast_mlp == "swiglu" else 1
-
-
-_CHOICES = {
-    "fast_mlp": FastMLPKind,
-    "loss": BindingLoss,
-    "output_rule": OutputRule,
-    "rate_form": RateForm,
-    "positions": Positions,
-}
-
-
-def check_settings(settings: TTTKVBSettings, config: ModelConfig) -> None:
-    """Raise a UserError that says which setting of a TTT-KVB layer cannot be, and why."""
-    for key, choices in _CHOICES.items():
-        value = getattr(settings, key)
-        if value not in get_args(choices):
-            known = ", ".join(get_args(choices))
-            raise UserError(f"ttt_kvb.{key} = {value}: choose one of {known}.")
-    if settings.chunk_size < 1:
-        raise UserError(f"ttt_kvb.chunk_size = {settings.chunk_size}: a step needs a token.")
-    if settings.num_heads is not None and settings.num_heads < 1:
-        raise UserError(f"ttt_kvb.num_heads = {settings.num_heads}: give 1 or more, or null.")
-    heads = settings.heads(config)
-    if config.hidden_size % heads:
-        raise UserError(
-            f"ttt_kvb.num_heads = {heads}: choose a divisor of model.hidden_size = "
-            f"{config.hidden_size}."
-        )
-    if settings.positions == "chunk" and settings.head_dim(config) % 2:
-        raise UserError(
-            f"ttt_kvb.positions = chunk: {heads} heads of width {settings.head_dim(config)} cannot "
-            "be rotated in pairs; choose ttt_kvb.num_heads for an even width."
-        )
-    if settings.fast_width(config) < 1:
-        raise UserError(f"ttt_kvb.expansion = {settings.expansion}: no hidden width is left.")
-    if not settings.rate > 0 or not math.isfinite(settings.rate):
-        raise UserError(f"ttt_kvb.rate = {settings.rate}: give a positive number.")
-    if not settings.clip >= 0:
-        raise UserError(f"ttt_kvb.clip = {settings.clip}: give a norm, or 0 for none.")
-    if settings.weight_norm and settings.output_rule == "updated":
-        raise UserError(
-            "ttt_kvb.weight_norm = true: weights are normalised between chunks alone, so choose "
-            "ttt_kvb.output_rule = previous or simplified."
-        )
-
-
-TTT_KVB = TTTKVBSettings()
