@@ -2,6 +2,8 @@
 
 import warnings
 
+from ttt_megatron.parallel.jit_fuser import compile_late
+
 # Said on every machine without TransformerEngine, for every process, about choices mcore makes
 # by itself; none asks the user for anything.
 for _message in (
@@ -12,3 +14,5 @@ for _message in (
     "`torch.distributed.*` is deprecated",
 ):
     warnings.filterwarnings("ignore", message=_message)
+
+compile_late()
