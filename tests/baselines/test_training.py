@@ -6,8 +6,10 @@ import torch
 from ttt_megatron.cli.main import main
 from ttt_megatron.config import from_dict
 from ttt_megatron.config.schema import MIXERS
+from ttt_megatron.errors import UserError
 from ttt_megatron.model.parameters import count_parameters
-from ttt_megatron.training.run import run_training
+from ttt_megatron.parallel.groups import process_groups
+from ttt_megatron.training.run import build_trainer, run_training
 from ttt_megatron.training.weights import build_learner, load_learner
 
 
@@ -37,6 +39,21 @@ def settings_of(mixers, data, output, steps=3):
         },
         "tracking": {"mlflow": False, "progress": False},
     }
+
+
+def test_a_run_says_whose_recurrences_it_has(trained_run, tmp_path, capsys):
+    base = settings_of("mamba2,gated_delta", trained_run.data, tmp_path / "run", steps=1)
+    reason = "plain PyTorch (flash-linear-attention runs on CUDA alone, and this is cpu)"
+    for wanted, expected in (
+        ("auto", {"Mamba2's recurrence": reason, "GatedDeltaNet's recurrence": reason}),
+        ("plain", {"recurrences": "plain PyTorch (training.mixer_kernels = plain)"}),
+    ):
+        config = from_dict({**base, "training.mixer_kernels": wanted})
+        with process_groups("cpu", config.parallel) as groups:
+            found = build_trainer(config, groups).implementations
+        assert expected.items() <= found.items()
+    with pytest.raises(UserError, match="mixer_kernels = flash-linear-attention, and Mamba2 has"):
+        run_training(from_dict({**base, "training.mixer_kernels": "flash-linear-attention"}))
 
 
 @pytest.mark.parametrize("kind", [kind for kind in MIXERS if kind != "attention"])

@@ -36,6 +36,8 @@ def run(args: argparse.Namespace) -> int:
     from ttt_megatron.baselines.systems import SYSTEMS, as_system
 
     config = load_recipe(args.recipe)
+    if config.model.vocab_size is None:
+        raise UserError(f"{args.recipe}: model.vocab_size is not set; set it there")
     names = args.systems.split(",") if args.systems else list(SYSTEMS)
     made = {name: as_system(config, name, str(args.recipe)) for name in names}
     texts = {
@@ -43,6 +45,8 @@ def run(args: argparse.Namespace) -> int:
         for name in names
         if args.output is not None and name != "e2e"
     }
+    if args.output is not None and args.output.exists() and not args.output.is_dir():
+        raise UserError(f"--output {args.output}: that is a file; give a folder")
     for name in texts:
         path = args.output / f"{name}.yaml"
         if path.exists():

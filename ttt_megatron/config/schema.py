@@ -13,6 +13,7 @@ InnerMode = Literal["meta", "first_order", "naive", "off"]
 MemoryPolicy = Literal["recompute", "save_activations", "save_all"]
 ContextOrder = Literal["1f1b", "zigzag"]
 FusedAdam = Literal["auto", "torch", "apex", "transformer_engine"]
+MixerKernels = Literal["auto", "flash-linear-attention", "plain"]
 FusedNorm = Literal["auto", "ttt_kernels", "apex", "transformer_engine"]
 Precision = Literal["fp32", "bf16", "fp64", "fp8"]
 Float8Backend = Literal["torch", "transformer_engine", "auto"]
@@ -223,6 +224,12 @@ class TrainingConfig:
         "Whose RMSNorm the prefix uses: NVIDIA Apex's or TransformerEngine's, where a build has "
         "it, or ttt_kernels'; auto takes the first to be had of TransformerEngine, Apex, "
         "ttt_kernels. A run says which.",
+    )
+    mixer_kernels: MixerKernels = setting(
+        "auto",
+        "Whose kernels run the recurrences of Mamba 2 and Gated DeltaNet: flash-linear-attention's "
+        "(CUDA) or plain PyTorch; auto takes the former where a trial finds them right. A run says "
+        "which.",
     )
     recompute_prefix: bool = setting(False, "Recompute prefix blocks in the backward pass.")
     init_from: str | None = setting(

@@ -148,9 +148,10 @@ def _axis_word(axis: Axis, values: tuple[Any, ...]) -> str:
 
 
 def short_key(key: str) -> str:
-    """A key's last part, or all of it where several keys end alike."""
-    leaf = key.rpartition(".")[2]
-    alike = sum(other.rpartition(".")[2] == leaf for other in known_keys())
+    """A key's last part, or all of it where others of as few sections end alike."""
+    leaf, depth = key.rpartition(".")[2], key.count(".")
+    near = [other for other in known_keys() if other.count(".") <= depth]
+    alike = sum(other.rpartition(".")[2] == leaf for other in near)
     return leaf if alike == 1 else key
 
 

@@ -22,6 +22,7 @@ _FREE_KEYS = frozenset(
         "training.micro_batch_size",
         "training.device",
         "training.fused_norm",
+        "training.mixer_kernels",
         "training.recompute_prefix",
         "training.init_from",
         "training.output",

@@ -35,6 +35,7 @@ from ttt_megatron.training.fused_norm import choose_norm
 from ttt_megatron.training.initial_weights import start_from
 from ttt_megatron.training.precision import compute_dtype
 from ttt_megatron.training.preflight import find_resumable
+from ttt_megatron.training.recurrences import use_recurrences
 from ttt_megatron.training.result import TrainingResult
 from ttt_megatron.training.resume import refuse_changes
 from ttt_megatron.training.trainer import Trainer
@@ -112,6 +113,8 @@ def build_trainer(config: RunConfig, groups: Groups, fresh: bool = False) -> Tra
         norm.install(learner.model)
         if training.cuda_graphs:
             learner.runner = ChunkPrograms()
+    dtype = compute_dtype(config)
+    recurrences = use_recurrences(training.mixer_kernels, learners, groups, dtype)
     if checkpoint is None and training.init_from is not None:
         start_from(learners, training.init_from, groups)
     data = config.data
@@ -122,6 +125,7 @@ def build_trainer(config: RunConfig, groups: Groups, fresh: bool = False) -> Tra
         stream=stream,
         float8=float8_scales(learners, config),
         norm=str(norm),
+        recurrences=recurrences,
         callbacks=build_callbacks(config, groups),
     )
     if checkpoint is not None:

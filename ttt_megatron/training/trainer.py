@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,8 @@ class Trainer:
     stream: TokenStream
     norm: str
     """Whose RMSNorm the prefix uses, and why."""
+    recurrences: Mapping[str, str] = field(default_factory=dict)
+    """The same of the recurrences of mixers that have one."""
     float8: Float8Scales | None = None
     callbacks: Sequence[Callback] = ()
     progress: Progress = field(default_factory=Progress)
@@ -162,6 +164,7 @@ class Trainer:
             "kernels": str(kernels),
             "prefix RMSNorm": self.norm,
             "AdamW": self.parts.engine.adam,
+            **self.recurrences,
         }
 
     @property

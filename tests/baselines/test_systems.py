@@ -1,0 +1,127 @@
+"""The systems made from a TTT-E2E recipe: equal in parameters, data and schedule."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from ttt_megatron.baselines.counts import count_with_mixers
+from ttt_megatron.baselines.recipes import system_recipe
+from ttt_megatron.baselines.systems import SYSTEMS, as_system
+from ttt_megatron.cli.main import main
+from ttt_megatron.config import from_dict, load_recipe
+from ttt_megatron.errors import UserError
+from ttt_megatron.training.weights import build_learner
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+SMALL = RECIPES / "reproduction" / "stage1.yaml"
+PUBLISHED = sorted(RECIPES.glob("*/pretrain-e2e-8k.yaml"))
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_parameters_are_counted_as_built_and_equal_the_recipes(name):
+    config = load_recipe(SMALL)
+    made = as_system(config, name)
+    with torch.device("meta"):
+        built = sum(p.numel() for p in build_learner(made).parameters())
+    assert count_with_mixers(made.model).total == built
+    assert built == pytest.approx(count_with_mixers(config.model).total, rel=0.005)
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+@pytest.mark.parametrize("path", PUBLISHED, ids=[path.parent.name for path in PUBLISHED])
+def test_every_published_size_has_every_system(path, name):
+    config = load_recipe(path)
+    made = as_system(config, name)
+    total, wanted = (count_with_mixers(one.model).total for one in (made, config))
+    # Published baselines' MLPs are rounded down to multiples of 256.
+    assert total == pytest.approx(wanted, rel=0.02)
+    assert (made.data, made.optimizer, made.training) == (
+        config.data,
+        config.optimizer,
+        config.training,
+    )
+
+
+def test_systems_are_what_they_are_called():
+    config = load_recipe(SMALL)
+    made = {name: as_system(config, name) for name in SYSTEMS}
+    assert made["e2e"] == config
+    assert made["full"].model.mixer_kinds == ["full"] * 6
+    assert made["hybrid"].model.mixer_kinds == ["attention"] * 5 + ["full"]
+    assert made["gated_delta"].model.mixer_kinds == ["gated_delta", "attention"] * 3
+    assert made["mamba2"].model.mixer_kinds == ["mamba2", "attention"] * 3
+    assert made["ttt_kvb"].model.mixer_kinds == ["swa_ttt_kvb"] * 6
+    assert made["ttt_kvb"].model.ttt_kvb.chunk_size == config.inner.chunk_size
+    assert made["ttt_kvb"].model.ttt_kvb.output_rule == "updated"
+    assert made["ttt_kvb_simplified"].model.ttt_kvb.output_rule == "simplified"
+    assert made["naive"] == replace(config, inner=replace(config.inner, mode="naive"))
+    assert made["off"] == replace(config, inner=replace(config.inner, mode="off"))
+    spread = made["e2e_all"]
+    assert (spread.inner, spread.model.num_suffix_layers) == (config.inner, 6)
+    fast = [count_with_mixers(one.model).prime for one in (spread, config)]
+    assert fast[0] == pytest.approx(fast[1], rel=0.01)
+    plain = [name for name, one in made.items() if not one.model.num_suffix_layers]
+    assert set(SYSTEMS) - set(plain) == {"e2e", "e2e_all", "naive", "off"}
+    assert all(made[name].inner.mode == "off" for name in plain)
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+@pytest.mark.parametrize("name", [name for name in SYSTEMS if name != "e2e"])
+def test_written_recipes_are_the_systems(stage, name, tmp_path):
+    base = RECIPES / "reproduction" / f"{stage}.yaml"
+    config = load_recipe(base)
+    made = as_system(config, name)
+    path = tmp_path / "a" / f"{name}.yaml"
+    path.parent.mkdir()
+    path.write_text(system_recipe(config, name, base, path.parent))
+    written = load_recipe(path)
+    folder = f"reproduction/runs/{stage}-{name}"
+    start = f"reproduction/runs/stage1-{name}" if stage == "stage2" else None
+    training = replace(made.training, output=folder, init_from=start)
+    assert written == replace(made, name=f"reproduction-{stage}-{name}", training=training)
+    # The repository's own are up to date.
+    assert load_recipe(base.parent / stage / f"{name}.yaml") == written
+
+
+def test_the_command_prints_widths_and_writes_recipes(tmp_path, capsys):
+    out = tmp_path / "out"
+    words = ["baselines", str(SMALL), "--systems", "e2e,swa,mamba2"]
+    assert main([*words, "--output", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert "1,642,496" in shown
+    assert "1,635,840" in shown
+    assert "-0.41%" in shown
+    assert sorted(path.name for path in out.iterdir()) == ["mamba2.yaml", "swa.yaml"]
+    before = (out / "swa.yaml").read_text()
+    assert main([*words, "--output", str(out)]) == 2
+    assert "swa.yaml: there is such a file" in capsys.readouterr().err
+    assert (out / "swa.yaml").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--systems", "swa,mamba"], "mamba is no system; choose of e2e, "),
+        (["--output", "README.md"], "--output README.md: that is a file; give a folder"),
+    ],
+)
+def test_the_command_refuses_in_words(words, message, capsys):
+    assert main(["baselines", str(SMALL), *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_what_cannot_be_made():
+    config = load_recipe(SMALL)
+    plain = as_system(config, "swa")
+    with pytest.raises(UserError, match=r"x\.yaml: systems are made from a TTT-E2E run, .*suffix"):
+        as_system(plain, "full", "x.yaml")
+    thin = replace(config, model=replace(config.model, ffn_hidden_size=8))
+    with pytest.raises(UserError, match=r"swa_ttt_kvb has .* parameters without any MLP, more"):
+        as_system(thin, "ttt_kvb")
+    odd = from_dict(
+        {"model.hidden_size": 48, "model.num_heads": 2, "model.vocab_size": 64, "inner.clip": 1.0}
+    )
+    with pytest.raises(UserError, match=r"x\.yaml as mamba2: model\.mamba2\.head_dim = 64"):
+        as_system(odd, "mamba2", "x.yaml")
