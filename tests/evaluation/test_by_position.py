@@ -2,28 +2,17 @@
 
 import pytest
 import torch
+from tiny_learner import tiny_learner
 
-from ttt_megatron.config.schema import InnerConfig, ModelConfig
 from ttt_megatron.errors import UserError
 from ttt_megatron.evaluation.by_position import evaluate_by_position
-from ttt_megatron.meta.learner import Learner
 
 BOS = 0
 
 
 @pytest.fixture(scope="module")
 def learner():
-    model = ModelConfig(
-        vocab_size=19,
-        num_layers=2,
-        num_suffix_layers=1,
-        hidden_size=16,
-        num_heads=2,
-        ffn_hidden_size=24,
-        window_size=8,
-        init_std=0.25,
-    )
-    return Learner(model, InnerConfig(chunk_size=4), dtype=torch.float64).eval()
+    return tiny_learner(window=8)
 
 
 def draw_documents(lengths):

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
+from tiny_learner import tiny_learner
 
-from ttt_megatron.config.schema import InnerConfig, ModelConfig
 from ttt_megatron.errors import UserError
 from ttt_megatron.evaluation.context_length import (
     ContextCurves,
@@ -17,7 +17,6 @@ from ttt_megatron.evaluation.context_length import (
 )
 from ttt_megatron.evaluation.context_plot import draw_by_context
 from ttt_megatron.evaluation.statistics import BucketSums
-from ttt_megatron.meta.learner import Learner
 
 BOS, LENGTH, LAST = 0, 40, 6
 CONTEXTS = (8, 20, 40)
@@ -25,17 +24,7 @@ CONTEXTS = (8, 20, 40)
 
 @pytest.fixture(scope="module")
 def learner():
-    model = ModelConfig(
-        vocab_size=19,
-        num_layers=2,
-        num_suffix_layers=1,
-        hidden_size=16,
-        num_heads=2,
-        ffn_hidden_size=24,
-        window_size=5,
-        init_std=0.25,
-    )
-    return Learner(model, InnerConfig(chunk_size=4), dtype=torch.float64).eval()
+    return tiny_learner(window=5)
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,10 @@ from ttt_megatron.errors import UserError
 COMMANDS = {
     "prepare": ("ttt_megatron.cli.prepare", "Tokenise text into the shards that runs read."),
     "train": ("ttt_megatron.cli.train", "Train a model, or go on where a run stopped."),
-    "evaluate": ("ttt_megatron.cli.evaluate", "Measure held-out loss by token position."),
+    "evaluate": (
+        "ttt_megatron.cli.evaluate",
+        "Measure losses by position and context, needles, leakage.",
+    ),
     "compare": ("ttt_megatron.cli.compare", "Put evaluations side by side."),
     "sweep": ("ttt_megatron.cli.sweep", "Train runs that differ in a few settings."),
     "report": ("ttt_megatron.cli.report", "Put runs and sweeps into one document."),

@@ -123,4 +123,7 @@ def run(args: argparse.Namespace) -> int:
             flush=True,
         )
 
-    return serve(service, bound, ready)
+    problems = serve(service, bound, ready)
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
+    return 1 if problems else 0

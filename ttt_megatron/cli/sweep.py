@@ -154,6 +154,8 @@ def _print(table: object) -> None:
 def _tell(end: "SweepEnd", output: Path) -> int:
     from ttt_megatron.sweeps.tables import LEGEND, terminal_table, unfinished
 
+    if end.tracked is not None:
+        print(f"MLflow      {end.tracked}")
     _print(terminal_table(end.results))
     print(LEGEND)
     for line in unfinished(end.results):

@@ -193,8 +193,7 @@ _AGAIN = "read the document again"
 
 def _opened(path: Path) -> Any:
     try:
-        with path.open("rb"):
-            pass
+        path.open("rb").close()
         return safe_open(path, framework="pt", device="cpu")
     except OSError as error:
         raise StateError(

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -17,9 +17,6 @@ from ttt_megatron.reporting.runs import Group
 from ttt_megatron.reporting.section import Section
 from ttt_megatron.reporting.seeds import LEGEND, SeedCurve
 from ttt_megatron.sweeps.state import POSITION
-
-if TYPE_CHECKING:
-    pass
 
 _FINGERPRINT = "data_fingerprint"
 

@@ -3,7 +3,6 @@
 import contextlib
 import signal
 import socket
-import sys
 from collections.abc import Callable, Iterator
 
 import uvicorn
@@ -31,8 +30,8 @@ def bind(host: str, port: int) -> socket.socket:
     return bound
 
 
-def serve(service: Service, bound: socket.socket, ready: Callable[[str], None]) -> int:
-    """Answer requests until SIGINT or SIGTERM; returns the exit status, 1 if a session was lost.
+def serve(service: Service, bound: socket.socket, ready: Callable[[str], None]) -> list[str]:
+    """Answer requests until SIGINT or SIGTERM; returns what could not be saved, in words.
 
     `ready` is told the service's URL once it listens.
     """
@@ -49,9 +48,7 @@ def serve(service: Service, bound: socket.socket, ready: Callable[[str], None]) 
         raise UserError(
             f"--port {port} cannot be listened at ({error.strerror}): give another"
         ) from None
-    for problem in problems:
-        print(f"error: {problem}", file=sys.stderr)
-    return 1 if problems else 0
+    return problems
 
 
 class _Server(uvicorn.Server):

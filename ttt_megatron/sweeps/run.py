@@ -17,12 +17,16 @@ from ttt_megatron.sweeps.tracking import log_results, mark_failed, track_points
 
 @dataclass(frozen=True, kw_only=True)
 class SweepEnd:
-    """How a call ended: all points' results, what failed in it, the signal that ended it if any."""
+    """How a call ended: all points' results, what failed in it, the signal that ended it if any.
+
+    `tracked` says where MLflow has them.
+    """
 
     results: SweepResults
     files: list[Path]
     failures: dict[str, Failure]
     stop_signal: int | None
+    tracked: str | None
 
 
 def read_states(
@@ -56,9 +60,13 @@ def run_sweep(
     results = collect(sweep, points, states, ended.failures, output)
     files = write_results(results, output)
     finished = all(state.finished for state in states.values())
-    log_results(output, _best(results), files, finished=finished)
+    tracked = log_results(output, _best(results), files, finished=finished)
     return SweepEnd(
-        results=results, files=files, failures=ended.failures, stop_signal=ended.stop_signal
+        results=results,
+        files=files,
+        failures=ended.failures,
+        stop_signal=ended.stop_signal,
+        tracked=tracked,
     )
 
 

@@ -49,17 +49,20 @@ def track_points(points: Sequence[Point], sweep: Sweep, output: Path) -> list[Po
 
 def log_results(
     output: Path, values: Mapping[str, float], files: Sequence[Path], *, finished: bool
-) -> None:
-    """Figures and files into the sweep's run, which ends once every point is finished."""
+) -> str | None:
+    """Figures and files into the sweep's run, which ends once every point is finished.
+
+    Returns where they are, in words; None if they could not be logged.
+    """
     tracked = read_tracking(output)
     if not tracked:
-        return
+        return None
     uri, run = tracked["uri"], tracked["run_id"]
-    if log_evaluation(uri, run, values, 0, files):
-        print(f"MLflow      {uri}  (run {run} and below it)")
+    logged = log_evaluation(uri, run, values, 0, files)
     if finished:
         with _warned(uri):
             _client(uri).set_terminated(run, "FINISHED")
+    return f"{uri}  (run {run} and below it)" if logged else None
 
 
 def mark_failed(points: Iterable[Point]) -> None:
