@@ -14,7 +14,10 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 _forkserver = multiprocessing.get_context("forkserver")
-_forkserver.set_forkserver_preload(["ttt_megatron.training.run", "ttt_megatron.cli.main"])
+# The last two are what a run imports by itself, for its optimizer and its plot.
+_forkserver.set_forkserver_preload(
+    ["ttt_megatron.training.run", "ttt_megatron.cli.main", "torch._dynamo", "matplotlib.pyplot"]
+)
 
 
 def _rank(

@@ -5,11 +5,11 @@ from statistics import mean
 
 import pytest
 from measure_bubble import library_order, passes_of, replay, steps_of
+from ranks import launch
 from sleeping import Run, waiting_shares
 
 from ttt_megatron.config import ParallelConfig, RunConfig
 from ttt_megatron.parallel.context_tasks import DEBTS
-from ttt_megatron.parallel.launcher import launch
 from ttt_megatron.planning.schedules import PhaseSeconds, simulate
 
 # Shares of the 3B model at 128K. A rank sleeps this long for every micro-batch.

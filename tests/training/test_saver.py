@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from ranks import launch
 from small_run import losses, small_run
 
 from ttt_megatron.config import RunConfig
 from ttt_megatron.errors import UserError
 from ttt_megatron.parallel.groups import process_groups
-from ttt_megatron.parallel.launcher import launch
 from ttt_megatron.training import background_write
 from ttt_megatron.training.callbacks import Callback
 from ttt_megatron.training.checkpoint_folder import list_checkpoints
