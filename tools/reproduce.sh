@@ -4,7 +4,7 @@
 #   bash tools/reproduce.sh TRAIN.jsonl.gz HELD_OUT.jsonl.gz
 #   JOBS=2 SEEDS="1 2 3" bash tools/reproduce.sh books.jsonl held-out.jsonl
 #
-# The first seed trains all systems, the others HEADLINE alone. What is finished is not done again:
+# The first seed trains all systems, the others HEADLINE alone; each the toy. What is finished is not done again:
 # the same command goes on after an interruption. Output of each run is in reproduction/logs.
 set -euo pipefail
 
@@ -17,6 +17,7 @@ HELD_OUT=$2
 JOBS=${JOBS:-2}
 SEEDS=${SEEDS:-1 2 3}
 HEADLINE=${HEADLINE:-e2e swa}
+TOY=${TOY:-e2e naive off swa full}
 SYSTEMS=${SYSTEMS:-e2e swa full gated_delta naive off mamba2 ttt_kvb ttt_kvb_simplified hybrid e2e_all}
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 BIN=$ROOT/.venv/bin
@@ -31,47 +32,67 @@ if [[ ! -f reproduction/data/index.json ]]; then
     --tokenizer bpe:2048 --output reproduction/data
 fi
 
+# The recipe of a system: the base's own is TTT-E2E's.
+recipe_of() {
+  if [[ $2 == e2e ]]; then echo "$RECIPES/$1.yaml"; else echo "$RECIPES/$1/$2.yaml"; fi
+}
+
+# A toy with one seed.
+toy() {
+  local run=reproduction/runs/toy-$1-seed$2
+  "$BIN/ttt-megatron" train "$(recipe_of toy "$1")" "training.seed=$2" "data.seed=$2" \
+    "training.output=$run" "name=toy-$1-seed$2" || return
+  if [[ ! -f $run/evaluation/by_position.json ]]; then
+    "$BIN/ttt-megatron" evaluate "$run" --length 128 --documents 0 --batch 16 || return
+  fi
+}
+
 # One system with one seed: both stages, then the evaluations.
 one() {
-  local system=$1 seed=$2 runs=reproduction/runs stage recipe first
+  local system=$1 seed=$2 runs=reproduction/runs stage recipe first last
   for stage in 1 2; do
-    recipe=$RECIPES/stage$stage/$system.yaml
-    [[ $system == e2e ]] && recipe=$RECIPES/stage$stage.yaml
+    recipe=$(recipe_of "stage$stage" "$system")
     first=$runs/stage1-$system-seed$seed
     set -- "$recipe" "training.seed=$seed" "data.seed=$seed" \
-      "training.output=$runs/stage$stage-$system-seed$seed" "name=$system-seed$seed-stage$stage"
+      "training.output=$runs/stage$stage-$system-seed$seed" "name=$system-seed$seed"
     [[ $stage == 2 ]] && set -- "$@" "training.init_from=$first"
     "$BIN/ttt-megatron" train "$@" || return
   done
-  if [[ ! -f $first/../stage2-$system-seed$seed/evaluation/context.json ]]; then
-    "$BIN/ttt-megatron" evaluate "$runs/stage2-$system-seed$seed" --task position --task context \
+  last=$runs/stage2-$system-seed$seed
+  if [[ ! -f $last/evaluation/context.json ]]; then
+    "$BIN/ttt-megatron" evaluate "$last" --task position --task context \
       --length 4096 --last 256 --batch 4 || return
   fi
 }
-export -f one
+export -f recipe_of toy one
 
 failed=0
 plan() {
   local seed first=1 system
   for seed in $SEEDS; do
     for system in $([[ $first == 1 ]] && echo "$SYSTEMS" || echo "$HEADLINE"); do
-      echo "$system $seed"
+      echo "one $system $seed"
     done
     first=0
+  done
+  for seed in $SEEDS; do
+    for system in $TOY; do echo "toy $system $seed"; done
   done
 }
 # A word a run: what it is and how it ended.
 plan | xargs -P "$JOBS" -L 1 bash -c '
-  log=reproduction/logs/$0-seed$1.log
-  echo "$(date +%H:%M:%S) $0 seed $1: begins, output in $log"
-  if one "$0" "$1" >>"$log" 2>&1; then
-    echo "$(date +%H:%M:%S) $0 seed $1: done"
+  what=$1 log=reproduction/logs/$1-seed$2.log
+  [[ $0 == toy ]] && what="toy $1" log=reproduction/logs/toy-$1-seed$2.log
+  echo "$(date +%H:%M:%S) $what seed $2: begins, output in $log"
+  if "$0" "$1" "$2" >>"$log" 2>&1; then
+    echo "$(date +%H:%M:%S) $what seed $2: done"
   else
-    echo "$(date +%H:%M:%S) $0 seed $1: failed; the end of $log:"; tail -n 5 "$log"; exit 1
+    echo "$(date +%H:%M:%S) $what seed $2: failed; the end of $log:"; tail -n 5 "$log"; exit 1
   fi' || failed=1
 if [[ $failed == 1 ]]; then
   echo "some runs failed; the same command goes on with them" >&2
   exit 1
 fi
+"$BIN/ttt-megatron" report reproduction/runs/toy-* --title 'The toy' --output reproduction/report-toy
 "$BIN/ttt-megatron" report reproduction/runs/stage2-* --reference 'reproduction/runs/stage2-full-seed1' \
   --title 'The small reproduction' --output reproduction/report

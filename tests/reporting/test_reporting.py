@@ -120,3 +120,25 @@ def test_runs_of_equal_seeds_are_not_put_together(swept, tmp_path):
     assert subjects.named == subjects.runs
     other = replace(subjects.runs[0], label="x")
     assert other.label != subjects.runs[0].label
+
+
+def test_later_stages_of_seeds_are_put_together(swept, tmp_path, capsys):
+    folders = []
+    for seed in (1, 2):
+        start, folder = swept / "points" / f"mode-off_seed-{seed}", tmp_path / f"later-seed{seed}"
+        settings = {
+            "inner.mode": "off",
+            "training.init_from": start,
+            "training.output": folder,
+            "training.steps": 1,
+            "training.seed": seed,
+            "data.seed": seed,
+            "name": f"later-seed{seed}",
+        }
+        words = [f"{key}={value}" for key, value in settings.items()]
+        assert main(["train", str(swept.parent / "base.yaml"), *words]) == 0
+        folders.append(str(folder))
+    [group] = find_subjects(folders).groups
+    assert (group.label, len(group.runs)) == ("later", 2)
+    other = find_subjects([*folders, str(swept / "points" / "mode-off_seed-1")])
+    assert [len(group.runs) for group in other.groups] == [2, 1]

@@ -133,7 +133,7 @@ def _matched(model: ModelConfig, goal: ModelConfig) -> ModelConfig:
 def _rounded(width: float, model: ModelConfig) -> int:
     """A width near this one that suits kernels; published baselines' are multiples of 256."""
     published = set(model.mixer_kinds) <= set(ATTENTION_MIXERS) and not model.num_suffix_layers
-    if published and width >= 4 * _PUBLISHED_STEP:
+    if published and width >= 8 * _PUBLISHED_STEP:
         return int(width - width % _PUBLISHED_STEP)
     step = 64 if width >= 512 else 8
     return max(step, round(width / step) * step)

@@ -17,8 +17,9 @@ from ttt_megatron.training.resume import flatten_config
 
 BENCH = "bench.json"
 _SEED = "training.seed"
-# A run's place and name are its own, whatever the seed.
-_OWN = ("name", _SEED, "training.output")
+_START = "training.init_from"
+# A run's place and name are its own, whatever the seed; and so is the order it reads in.
+_OWN = ("name", _SEED, "data.seed", "training.output", _START)
 _SEED_WORD = re.compile(r"[-_. ]?seed[-_=]?\d+$")
 
 
@@ -125,7 +126,9 @@ def _groups(runs: Sequence[ReportedRun]) -> Iterator[Group]:
     for run in runs:
         flat = flatten_config(run.config)
         rest = [v for k, v in flat.items() if k not in _OWN and not k.startswith("tracking.")]
-        key: tuple[Any, ...] = (run.step, *rest)
+        # Each seed's later stage starts from its own earlier one.
+        start = flat[_START] and _SEED_WORD.sub("", flat[_START])
+        key: tuple[Any, ...] = (run.step, start, *rest)
         seeds = [other.config.training.seed for other in found.get(key, [])]
         if flat[_SEED] in seeds:
             key = (*key, run.folder)
