@@ -12,6 +12,8 @@ from ttt_megatron.baselines.systems import SYSTEMS, as_system
 from ttt_megatron.cli.main import main
 from ttt_megatron.config import from_dict, load_recipe
 from ttt_megatron.errors import UserError
+from ttt_megatron.planning.step_work import step_work
+from ttt_megatron.training.flops import model_flops_per_token
 from ttt_megatron.training.weights import build_learner
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -83,7 +85,9 @@ def test_written_recipes_are_the_systems(stage, name, tmp_path):
     assert written == replace(made, name=f"reproduction-{stage}-{name}", training=training)
 
 
-OWN = sorted((RECIPES / "reproduction").glob("*/*.yaml"))
+FOUND = sorted((RECIPES / "reproduction").glob("*/*.yaml"))
+OWN = [path for path in FOUND if path.stem in SYSTEMS]
+COMPUTE = [path for path in FOUND if path.stem not in SYSTEMS]
 
 
 @pytest.mark.parametrize("path", OWN, ids=[f"{path.parent.name}-{path.stem}" for path in OWN])
@@ -91,6 +95,17 @@ def test_the_repositorys_recipes_are_up_to_date(path):
     base = path.parent.with_suffix(".yaml")
     expected = system_recipe(load_recipe(base), path.stem, base, path.parent)
     assert path.read_text() == expected
+
+
+@pytest.mark.parametrize("path", COMPUTE, ids=[f"{p.parent.name}-{p.stem}" for p in COMPUTE])
+def test_equal_compute_is_as_many_operations(path):
+    ours, theirs = load_recipe(path.parent.with_suffix(".yaml")), load_recipe(path)
+    same_tokens = load_recipe(path.with_stem(path.stem.removesuffix("-compute")))
+    assert theirs.model == same_tokens.model
+    length = ours.data.sequence_length
+    executed = step_work(ours, tile=1).total.flops / length * ours.training.steps
+    plain = model_flops_per_token(theirs.model, length) * theirs.training.steps
+    assert plain == pytest.approx(executed, rel=0.02)
 
 
 def test_the_command_prints_widths_and_writes_recipes(tmp_path, capsys):
