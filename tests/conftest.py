@@ -23,8 +23,42 @@ os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="hf-modules-")
 atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
 
+# Begun first, longest of all first, so that two workers end at about the same time.
+LONGEST = (
+    "kernels/test_interpreter.py",
+    "parallel/test_context.py",
+    "parallel/test_train_parts.py",
+    "training/test_reshard.py",
+    "training/test_resume_after_kill.py",
+    "parallel/test_tensor_parallel.py",
+    "training/test_saver.py",
+    "training/test_context_run.py",
+    "training/test_pipeline_run.py",
+    "parallel/test_context_costs.py",
+    "training/test_deepspeed.py",
+    "service/test_serve_restart.py",
+    "cli/test_evaluate_tasks.py",
+    "meta/test_fp8.py",
+    "baselines/test_training.py",
+    "tools/test_check_parallel.py",
+    "training/test_run.py",
+    "parallel/test_launcher.py",
+    "parallel/test_lost_ranks.py",
+    "training/test_train_command.py",
+)
+
+
+def pytest_configure(config):
+    """Workers take files in the order given below, not those of most tests first."""
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
 def pytest_collection_modifyitems(items):
-    """Skip what needs a CUDA device, or Triton's interpreter, where there is none."""
+    """Long files first; skip what needs a CUDA device, or Triton's interpreter, without one."""
+    here = Path(__file__).parent
+    place = {here / name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path, len(place)))
     missing = {}
     if not torch.cuda.is_available():
         missing["gpu"] = "there is no CUDA device"
