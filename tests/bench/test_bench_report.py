@@ -4,10 +4,11 @@ import json
 
 import pytest
 
+from ttt_megatron.bench.cells import duration
 from ttt_megatron.bench.comparison import compare
 from ttt_megatron.bench.plot import draw
 from ttt_megatron.bench.results import Report, Result, read_report
-from ttt_megatron.bench.tables import as_markdown, duration, mean_token, tables_of
+from ttt_megatron.bench.tables import as_markdown, mean_token, tables_of
 from ttt_megatron.errors import UserError
 
 

@@ -39,13 +39,14 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True)
 class Missing:
-    """A case that cannot be measured, and why, in a clause."""
+    """A case that cannot be measured, and why, in a clause; extra: what is known all the same."""
 
     name: str
     way: str = OURS
     status: str = "skipped"
     reason: str = ""
     settings: str = ""
+    extra: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

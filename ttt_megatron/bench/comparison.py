@@ -1,7 +1,7 @@
 """This run's medians over an earlier one's."""
 
+from ttt_megatron.bench.cells import Table, duration
 from ttt_megatron.bench.results import Report
-from ttt_megatron.bench.tables import Table, duration
 
 
 def same_device(new: Report, old: Report) -> bool:

@@ -12,9 +12,9 @@ from ttt_megatron.bench import baselines, models
 from ttt_megatron.bench.case import Case, Group, Missing
 from ttt_megatron.bench.ceilings import Ceilings
 from ttt_megatron.bench.models import E2E, FULL, SWA, Size
+from ttt_megatron.bench.planned import planned_work
 from ttt_megatron.config.schema import RunConfig
 from ttt_megatron.meta.learner import Learner
-from ttt_megatron.planning.step_work import step_work
 from ttt_megatron.training.float8 import float8_backend
 from ttt_megatron.training.flops import model_flops_per_token
 
@@ -50,8 +50,9 @@ def meta_group(
     }
     chosen, missing = _choose(variants, device, available)
     seconds = sum(
-        step_work(c, tile=1).total.flops / ceilings.product_rate(precision) / _SHARE
-        for c in chosen.values()
+        work.flops / ceilings.product_rate(precision) / _SHARE
+        for work in map(planned_work, chosen.values())
+        if work is not None
     )
     return Group(
         section="meta",
@@ -144,7 +145,7 @@ def _cases(chosen: dict[str, RunConfig], device: torch.device) -> Iterator[Case]
             built[key] = models.make(config, device)
         learner = models.sharing(built[key], config, graphs=name.endswith(GRAPHS))
         weights = sum(p.nbytes for p in learner.parameters())
-        total = step_work(config, tile=1).total
+        total = planned_work(config)
 
         attention: _Context = (
             baselines.full_attention_by_sdpa if name == FULL_BY_SDPA else nullcontext
@@ -159,7 +160,7 @@ def _cases(chosen: dict[str, RunConfig], device: torch.device) -> Iterator[Case]
         yield Case(
             name=name,
             run=run,
-            work=Work(int(total.flops), int(total.traffic)),
+            work=None if total is None else Work(int(total.flops), int(total.traffic)),
             model_flops=model_flops_per_token(config.model, length) * length,
             tokens=length,
             settings=_settings(config),

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ttt_megatron.bench.planned import no_less
 from ttt_megatron.config import from_dict, load_recipe, validate
 from ttt_megatron.config.schema import MemoryPolicy, Precision, RunConfig
 from ttt_megatron.errors import UserError
@@ -21,7 +22,7 @@ from ttt_megatron.training.weights import build_learner
 
 E2E, SWA, FULL = "TTT-E2E", "SWA", "full attention"
 TINY = "tiny"
-_TINY = {
+_TINY: dict[str, Any] = {
     "name": TINY,
     "model": {
         "vocab_size": 512,
@@ -106,6 +107,13 @@ def tiny_size() -> Size:
     return Size(name=TINY, config=from_dict(_TINY))
 
 
+def tiny_with_all_systems() -> Size:
+    """One of six blocks, as the hybrid needs, and of MLPs wide enough for all mixers to match."""
+    name = f"{TINY}-6"
+    model = _TINY["model"] | {"num_layers": 6, "ffn_hidden_size": 320}
+    return Size(name=name, config=from_dict(_TINY | {"name": name, "model": model}))
+
+
 def without_steps(config: RunConfig) -> RunConfig:
     """The same model with its prime MLPs as ordinary layers."""
     return replace(config, inner=replace(config.inner, mode="off", two_level=False))
@@ -140,7 +148,10 @@ def step_bytes(config: RunConfig, device: torch.device) -> float:
 
 
 def _memory(config: RunConfig, device: torch.device) -> dict[str, float]:
-    return rank_memory(config, Layout(), on_cpu=device.type == "cpu")[0]
+    planned = no_less(config)
+    if planned is None:
+        raise ValueError(f"the planner knows no {config.model.mixers}")
+    return rank_memory(planned, Layout(), on_cpu=device.type == "cpu")[0]
 
 
 def on(config: RunConfig, device: torch.device) -> RunConfig:

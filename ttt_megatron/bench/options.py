@@ -14,6 +14,8 @@ from ttt_megatron.config.schema import Precision
 from ttt_megatron.errors import UserError
 
 SECTIONS = ("kernels", "inner", "meta", "latency")
+# It measures again what `meta` and `latency` do, of more systems.
+ON_REQUEST = ("systems",)
 LENGTHS = (8192, 32768, 131072)
 SMALL_LENGTHS = (256, 512, 1024)
 
@@ -22,8 +24,9 @@ SMALL_LENGTHS = (256, 512, 1024)
 class Options:
     """A benchmark's settings.
 
-    lengths: of sequences in steps, of contexts in latencies; repeats: timed runs of a kernel;
-    step_repeats: of steps and latencies; budget: seconds, None is no end.
+    sections: all of `SECTIONS`, or what is asked for of these and `ON_REQUEST`; lengths: of
+    sequences in steps, of contexts in latencies; repeats: timed runs of a kernel; step_repeats: of
+    steps and latencies; budget: seconds, None is no end.
     """
 
     device: torch.device
@@ -104,13 +107,14 @@ def _once(values: Sequence) -> list:
 def _sections(only: Sequence[str] | None) -> tuple[str, ...]:
     if only is None:
         return SECTIONS
+    every = (*SECTIONS, *ON_REQUEST)
     words = [word for text in only for word in text.split(",") if word]
     for word in words:
-        if word not in SECTIONS:
-            raise UserError(f"--only {word}: the sections are {', '.join(SECTIONS)}")
+        if word not in every:
+            raise UserError(f"--only {word}: the sections are {', '.join(every)}")
     if not words:
-        raise UserError(f"--only names nothing: the sections are {', '.join(SECTIONS)}")
-    return tuple(section for section in SECTIONS if section in words)
+        raise UserError(f"--only names nothing: the sections are {', '.join(every)}")
+    return tuple(section for section in every if section in words)
 
 
 def _device(name: str) -> torch.device:

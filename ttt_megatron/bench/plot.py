@@ -8,6 +8,7 @@ from ttt_megatron.bench import latency_cases, meta_cases
 from ttt_megatron.bench.case import OURS
 from ttt_megatron.bench.models import E2E, FULL, SWA
 from ttt_megatron.bench.results import Report, Result
+from ttt_megatron.bench.system_plot import system_panels
 from ttt_megatron.bench.tables import mean_token
 
 _COLOURS = {E2E: "C0", f"{E2E}, save_all": "C9", SWA: "C1", FULL: "C2"}
@@ -68,7 +69,7 @@ def _other_panels(report: Report) -> list[Panel]:
     if rows["latency"]:
         found.append(lambda axis: _lines_of_prefill(axis, rows["latency"]))
         found.append(lambda axis: _lines_of_decoding(axis, rows["latency"]))
-    return found
+    return [*found, *system_panels(report.results)]
 
 
 def _place(one: Result) -> str:

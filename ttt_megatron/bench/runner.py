@@ -156,10 +156,11 @@ class Runner:
 def _result(group: Group, case: Case | Missing) -> Result:
     result = _whole(group, "", "")
     result.name, result.way, result.settings = case.name, case.way, case.settings
+    result.extra = dict(case.extra)
     if isinstance(case, Missing):
         result.status, result.reason = case.status, case.reason
     else:
-        result.tokens, result.extra = case.tokens, dict(case.extra)
+        result.tokens = case.tokens
     return result
 
 

@@ -11,11 +11,12 @@ from ttt_megatron.bench.inner_cases import inner_group
 from ttt_megatron.bench.latency_cases import latency_group
 from ttt_megatron.bench.memory import available_bytes
 from ttt_megatron.bench.meta_cases import meta_group
-from ttt_megatron.bench.models import Size
+from ttt_megatron.bench.models import Size, tiny_with_all_systems
 from ttt_megatron.bench.options import Options
 from ttt_megatron.bench.prefix_cases import prefix_group
 from ttt_megatron.bench.row_cases import row_groups
 from ttt_megatron.bench.static_cases import static_group
+from ttt_megatron.bench.system_groups import system_groups
 
 # The published chunk and window, at the head dims that kernels are tuned for.
 _CHUNK, _WINDOW, _HEADS = 1024, 8192, 32
@@ -52,6 +53,16 @@ def groups_of(options: Options, ceilings: Ceilings) -> list[Group]:
             for length in options.lengths
             for precision in options.precisions
             for size in options.sizes
+        ]
+    if "systems" in options.sections:
+        sizes = (tiny_with_all_systems(),) if options.small else options.sizes
+        available = available_bytes(options.device)
+        found += [
+            group
+            for length in options.lengths
+            for precision in options.precisions
+            for size in sizes
+            for group in system_groups(size, length, precision, *common, available)
         ]
     return found
 

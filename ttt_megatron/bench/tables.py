@@ -1,55 +1,22 @@
 """Results as tables, for a terminal and for Markdown."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-
-from rich.box import SIMPLE_HEAD
-from rich.table import Table as RichTable
+from collections.abc import Callable
 
 from ttt_megatron.bench import latency_cases, meta_cases, prefix_cases
 from ttt_megatron.bench.case import OURS
-from ttt_megatron.bench.results import MEASURED, Report, Result
-
-_NONE = "-"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Table:
-    """A heading, names of columns, rows of text; `left` columns are words, the rest numbers."""
-
-    title: str
-    columns: tuple[str, ...]
-    rows: Sequence[tuple[str, ...]]
-    left: int
-    note: str = ""
-
-    def markdown(self) -> str:
-        """With a bold heading."""
-        rule = ["---"] * self.left + ["---:"] * (len(self.columns) - self.left)
-        lines = [_pipe(row) for row in (self.columns, tuple(rule), *self.rows)]
-        parts = [f"**{self.title}**", "\n".join(lines)]
-        return "\n\n".join([*parts, self.note] if self.note else parts)
-
-    def rich(self) -> RichTable:
-        """For a terminal."""
-        table = RichTable(
-            box=SIMPLE_HEAD,
-            padding=(0, 1, 0, 0),
-            title=self.title,
-            title_justify="left",
-            caption=self.note or None,
-            caption_justify="left",
-        )
-        for number, name in enumerate(self.columns):
-            justify = "left" if number < self.left else "right"
-            table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
-        for row in self.rows:
-            table.add_row(*row)
-        return table
-
-
-def _pipe(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+from ttt_megatron.bench.cells import (
+    NONE,
+    Table,
+    digits,
+    duration,
+    median,
+    notes,
+    percent,
+    size_of_bytes,
+    spread,
+)
+from ttt_megatron.bench.results import Report, Result
+from ttt_megatron.bench.system_tables import system_tables
 
 
 def tables_of(report: Report) -> list[Table]:
@@ -59,6 +26,7 @@ def tables_of(report: Report) -> list[Table]:
         "inner": lambda rows: [_steps(rows, "Inner step", "time / reading")],
         "meta": _meta,
         "latency": lambda rows: [_latency(rows)],
+        "systems": system_tables,
     }
     found: list[Table] = []
     for section in report.sections:
@@ -66,62 +34,20 @@ def tables_of(report: Report) -> list[Table]:
     return found
 
 
-def duration(seconds: float | None) -> str:
-    """Three digits and a unit."""
-    if seconds is None:
-        return _NONE
-    for unit, size in (("s", 1.0), ("ms", 1e-3)):
-        if seconds >= size:
-            return f"{_digits(seconds / size)} {unit}"
-    return f"{_digits(seconds / 1e-6)} µs"
-
-
-def _digits(value: float) -> str:
-    return f"{value:,.0f}" if value >= 99.95 else f"{value:.3g}"
-
-
-def _percent(value: float | None) -> str:
-    return _NONE if value is None else f"{value:.0%}" if value >= 0.0995 else f"{value:.1%}"
-
-
-def _spread(one: Result) -> str:
-    return _NONE if one.spread is None else f"±{_percent(one.spread)}"
-
-
-def _bytes(size: int | None) -> str:
-    if size is None:
-        return _NONE
-    return f"{_digits(size / 2**30)} GiB" if size >= 2**30 else f"{_digits(size / 2**20)} MiB"
-
-
 def _rate(one: Result) -> str:
     """FLOP/s where products bound it, bytes/s where memory does."""
     if one.median is None or one.flops is None or one.bytes is None:
-        return _NONE
+        return NONE
     amount, unit = (one.flops, "FLOP/s") if one.flops else (one.bytes, "B/s")
     rate = amount / one.median
     for letter, size in (("T", 1e12), ("G", 1e9), ("M", 1e6)):
         if rate >= size:
-            return f"{_digits(rate / size)} {letter}{unit}"
-    return f"{_digits(rate)} {unit}"
+            return f"{digits(rate / size)} {letter}{unit}"
+    return f"{digits(rate)} {unit}"
 
 
 def _ratio(one: Result) -> str:
-    return _NONE if one.ratio is None else f"{one.ratio:.2f}"
-
-
-def _median(one: Result) -> str:
-    return duration(one.median) if one.status == MEASURED else one.status
-
-
-def _notes(rows: list[Result]) -> str:
-    """Why something was not measured."""
-    reasons = dict.fromkeys(
-        f"{' '.join(filter(None, (one.name, one.way)))}: {one.reason}"
-        for one in rows
-        if one.status != MEASURED and one.reason
-    )
-    return "; ".join(reasons)
+    return NONE if one.ratio is None else f"{one.ratio:.2f}"
 
 
 def _kernels(rows: list[Result]) -> list[Table]:
@@ -132,12 +58,12 @@ def _kernels(rows: list[Result]) -> list[Table]:
         order = list(dict.fromkeys(r.name for r in own))
         own.sort(key=lambda r: (order.index(r.name), r.way != OURS))
         cells = [
-            (r.name, r.way, _median(r), _spread(r), _rate(r), _percent(r.share_of_floor), _ratio(r))
+            (r.name, r.way, median(r), spread(r), _rate(r), percent(r.share_of_floor), _ratio(r))
             for r in own
         ]
         columns = ("pass", "by", "median", "spread", "rate", "of floor", "time / ours")
         title = ", ".join(place)
-        found.append(Table(title=title, columns=columns, rows=cells, left=2, note=_notes(own)))
+        found.append(Table(title=title, columns=columns, rows=cells, left=2, note=notes(own)))
     return found
 
 
@@ -148,12 +74,12 @@ def _steps(rows: list[Result], title: str, relation: str) -> Table:
     columns += ["of floor", "peak memory"]
     cells = []
     for r in rows:
-        speed = _NONE if r.median is None or not r.tokens else _digits(r.tokens / r.median)
+        speed = NONE if r.median is None or not r.tokens else digits(r.tokens / r.median)
         what = f"{r.name} ({r.settings})" if r.settings else r.name
-        row = [r.shape, r.precision, what, _median(r), _spread(r), _ratio(r), speed]
-        row += [_percent(r.mfu)] if with_mfu else []
-        cells.append((*row, _percent(r.share_of_floor), _bytes(r.peak_bytes)))
-    return Table(title=title, columns=tuple(columns), rows=cells, left=3, note=_notes(rows))
+        row = [r.shape, r.precision, what, median(r), spread(r), _ratio(r), speed]
+        row += [percent(r.mfu)] if with_mfu else []
+        cells.append((*row, percent(r.share_of_floor), size_of_bytes(r.peak_bytes)))
+    return Table(title=title, columns=tuple(columns), rows=cells, left=3, note=notes(rows))
 
 
 def _meta(rows: list[Result]) -> list[Table]:
@@ -177,25 +103,25 @@ def _latency(rows: list[Result]) -> Table:
     for shape, precision, way in dict.fromkeys((r.shape, r.precision, r.way) for r in rows):
         own = {r.name: r for r in rows if (r.shape, r.precision, r.way) == (shape, precision, way)}
         if "all" in own:
-            cells.append((shape, precision, "all", own["all"].status, *[_NONE] * 6))
+            cells.append((shape, precision, "all", own["all"].status, *[NONE] * 6))
             continue
         prefill, decode = own[latency_cases.PREFILL], own[latency_cases.DECODE]
         step = own.get(latency_cases.STEP)
         read = prefill.median
-        speed = _digits((prefill.tokens or 0) / read) if read else _NONE
+        speed = digits((prefill.tokens or 0) / read) if read else NONE
         peaks = [r.peak_bytes for r in own.values() if r.peak_bytes is not None]
         cells.append(
             (
                 shape,
                 precision,
                 way,
-                _median(prefill),
+                median(prefill),
                 speed,
-                _median(decode),
-                _spread(decode),
-                _NONE if step is None else _median(step),
+                median(decode),
+                spread(decode),
+                NONE if step is None else median(step),
                 duration(mean_token(decode, step)),
-                _bytes(max(peaks, default=None)),
+                size_of_bytes(max(peaks, default=None)),
             )
         )
     return Table(
@@ -203,7 +129,7 @@ def _latency(rows: list[Result]) -> Table:
         columns=columns,
         rows=cells,
         left=3,
-        note=_notes(rows),
+        note=notes(rows),
     )
 
 

@@ -15,12 +15,14 @@ EPILOG = """examples:
   ttt-megatron bench --output results                     125M on the GPU; JSON, Markdown, PNG
   ttt-megatron bench --only kernels --precision bf16 fp32
   ttt-megatron bench --only meta --sizes 125m 760m --lengths 8192 --precision bf16 fp8 --budget 300
+  ttt-megatron bench --small --only systems --lengths 256 1024 4096
   ttt-megatron bench --recipe my.yaml --lengths 4096 --output new --compare old/bench.json
 
 sections: kernels (each operation of ttt_kernels beside PyTorch's), inner (one chunk of the suffix),
 meta (a training step of TTT-E2E, of the same model without inner steps, of plain sliding-window and
 of full attention with as many parameters; in several precisions also the prefix by itself),
-latency (prefill and decoding by context length).
+latency (prefill and decoding by context length). Only if asked for: systems (reading, decoding, a
+training step and FLOPs of every system by context length, and where TTT-E2E becomes cheaper).
 What does not fit into memory is reported as such and the rest goes on."""
 
 
@@ -38,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--only",
         nargs="+",
         metavar="SECTION",
-        help="kernels, inner, meta, latency; by spaces or commas (default: all)",
+        help="kernels, inner, meta, latency (these by default), systems; by spaces or commas",
     )
     add("--sizes", nargs="+", metavar="SIZE", help="published models (default: 125m)")
     add("--recipe", metavar="FILE", help="a recipe's model in their place")

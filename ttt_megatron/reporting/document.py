@@ -19,6 +19,7 @@ from ttt_megatron.reporting.needles import needle_section
 from ttt_megatron.reporting.runs import Subjects
 from ttt_megatron.reporting.section import Section, draw_sections
 from ttt_megatron.reporting.small_tables import decode_section, leakage_section
+from ttt_megatron.reporting.systems import systems_section
 from ttt_megatron.sweeps.plot import draw_panel
 from ttt_megatron.sweeps.results import SweepResults, write_whole
 from ttt_megatron.sweeps.tables import LEGEND, rows, unfinished
@@ -82,6 +83,7 @@ def _sections(subjects: Subjects, reference: str | None) -> Iterator[Section]:
         decode_section(groups),
         leakage_section(groups),
         latency_section(subjects.benches),
+        systems_section(subjects.benches),
     )
     yield from (section for section in found if section is not None)
     missing = lacking(subjects)
