@@ -17,6 +17,7 @@ from ttt_megatron.bench.results import MEASURED, Report, Result
 from ttt_megatron.bench.sections import groups_of
 from ttt_megatron.bench.system_cases import DECODE, OVER_END, PREFILL, TRAIN, system_cases
 from ttt_megatron.bench.system_figures import (
+    COSTS,
     EXECUTED_FLOPS,
     MODEL_FLOPS,
     costs_by_model,
@@ -131,7 +132,7 @@ def test_tables_and_pictures_have_every_system(rows, tmp_path):
     assert draw(report, tmp_path / "bench.png")
     section = systems_section({"mini": report})
     assert section is not None
-    assert len(section.panels) == 4
+    assert len(section.panels) == len(COSTS)
     assert "| mini | fp32 | 16 | Gated DeltaNet |" in section.markdown()
     assert systems_section({"none": replace(report, results=[])}) is None
 

@@ -9,6 +9,7 @@ from ttt_megatron.bench.results import Result
 from ttt_megatron.bench.system_cases import REFERENCE, REPEATS
 from ttt_megatron.bench.system_figures import (
     DECODE_COST,
+    EXECUTED_FLOPS,
     MODEL_FLOPS,
     READ_COST,
     TRAIN_COST,
@@ -18,7 +19,13 @@ from ttt_megatron.bench.system_figures import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_UNITS = {READ_COST: "ms", DECODE_COST: "ms", TRAIN_COST: "ms", MODEL_FLOPS: "MFLOPs"}
+_UNITS = {
+    READ_COST: "ms",
+    DECODE_COST: "ms",
+    TRAIN_COST: "ms",
+    MODEL_FLOPS: "MFLOPs",
+    EXECUTED_FLOPS: "MFLOPs",
+}
 _SCALES = {"ms": 1e3, "MFLOPs": 1e-6}
 _MARKERS = "osv^D<>PX*h"
 
