@@ -58,6 +58,9 @@ def pytest_collection_modifyitems(items):
     """Long files first; skip what needs a CUDA device, or Triton's interpreter, without one."""
     here = Path(__file__).parent
     place = {here / name: number for number, name in enumerate(LONGEST)}
+    gone = [str(path) for path in place if not path.is_file()]
+    if gone:
+        raise pytest.UsageError(f"LONGEST names {gone[0]}, which is not there")
     items.sort(key=lambda item: place.get(item.path, len(place)))
     missing = {}
     if not torch.cuda.is_available():

@@ -38,7 +38,8 @@ def test_every_published_size_has_every_system(path, name):
     made = as_system(config, name)
     total, wanted = (count_with_mixers(one.model).total for one in (made, config))
     # Published baselines' MLPs are rounded down to multiples of 256.
-    assert total == pytest.approx(wanted, rel=0.02)
+    bound = 0.02 if name in ("swa", "full", "hybrid") else 0.01
+    assert total == pytest.approx(wanted, rel=bound)
     assert (made.data, made.optimizer, made.training) == (
         config.data,
         config.optimizer,
@@ -50,7 +51,7 @@ def test_systems_are_what_they_are_called():
     config = load_recipe(SMALL)
     made = {name: as_system(config, name) for name in SYSTEMS}
     assert made["e2e"] == config
-    assert made["full"].model.mixer_kinds == ["full"] * 6
+    assert made["full"].model == replace(made["swa"].model, window_size=None)
     assert made["hybrid"].model.mixer_kinds == ["attention"] * 5 + ["full"]
     assert made["gated_delta"].model.mixer_kinds == ["gated_delta", "attention"] * 3
     assert made["mamba2"].model.mixer_kinds == ["mamba2", "attention"] * 3
@@ -77,7 +78,7 @@ def test_written_recipes_are_the_systems(stage, name, tmp_path):
     made = as_system(config, name)
     path = tmp_path / "a" / f"{name}.yaml"
     path.parent.mkdir()
-    path.write_text(system_recipe(config, name, base, path.parent))
+    path.write_text(system_recipe(config, made, name, base, path.parent))
     written = load_recipe(path)
     folder = f"reproduction/runs/{stage}-{name}"
     start = f"reproduction/runs/stage1-{name}" if stage == "stage2" else None
@@ -93,7 +94,9 @@ COMPUTE = [path for path in FOUND if path.stem not in SYSTEMS]
 @pytest.mark.parametrize("path", OWN, ids=[f"{path.parent.name}-{path.stem}" for path in OWN])
 def test_the_repositorys_recipes_are_up_to_date(path):
     base = path.parent.with_suffix(".yaml")
-    expected = system_recipe(load_recipe(base), path.stem, base, path.parent)
+    config = load_recipe(base)
+    made = as_system(config, path.stem)
+    expected = system_recipe(config, made, path.stem, base, path.parent)
     assert path.read_text() == expected
 
 
@@ -133,6 +136,14 @@ def test_the_command_prints_widths_and_writes_recipes(tmp_path, capsys):
 def test_the_command_refuses_in_words(words, message, capsys):
     assert main(["baselines", str(SMALL), *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_settings_of_inner_steps_do_not_outlive_them():
+    config = load_recipe(SMALL, ["inner.two_level=true", "inner.segment_chunks=4"])
+    assert as_system(config, "e2e_all").inner == config.inner
+    for name in ("off", "swa"):
+        inner = as_system(config, name).inner
+        assert (inner.two_level, inner.segment_chunks) == (False, None)
 
 
 def test_what_cannot_be_made():

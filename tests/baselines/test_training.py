@@ -56,6 +56,30 @@ def test_a_run_says_whose_recurrences_it_has(trained_run, tmp_path, capsys):
         run_training(from_dict({**base, "training.mixer_kernels": "flash-linear-attention"}))
 
 
+@pytest.mark.parametrize("engine", ["megatron", "deepspeed"])
+def test_no_engine_lets_rates_decay(engine, trained_run, tmp_path):
+    """A decay of 0.3 a step, beside which Adam's own steps of 0.001 are small."""
+    settings = settings_of("mamba2,gated_delta", trained_run.data, tmp_path / "run")
+    settings["optimizer"] = {
+        "lr": 1e-3,
+        "end_lr": 1e-3,
+        "warmup_fraction": 0.0,
+        "weight_decay": 300.0,
+        "engine": engine,
+    }
+    run_training(from_dict(settings))
+    before = build_learner(from_dict(settings)).named_parameters()
+    after = dict(load_learner(tmp_path / "run")[0].named_parameters())
+    own = 0
+    for name, value in before:
+        if name.endswith(("A_log", "dt_bias", ".D")):
+            own += 1
+            assert (after[name] - value).abs().max() < 0.01, name
+        elif "linear" in name:
+            assert after[name].norm() < 0.6 * value.norm(), name
+    assert own == 5
+
+
 @pytest.mark.parametrize("kind", [kind for kind in MIXERS if kind != "attention"])
 def test_a_run_trains_resumes_and_generates(kind, trained_run, tmp_path, capsys):
     once, twice = tmp_path / "once", tmp_path / "twice"
@@ -74,6 +98,10 @@ def test_a_run_trains_resumes_and_generates(kind, trained_run, tmp_path, capsys)
     assert main(["generate", str(once), "--prompt", "whale", "--tokens", "5", "--greedy"]) == 0
     assert main(["evaluate", str(once), "--length", "40", "--documents", "2"]) == 0
     assert "off" in capsys.readouterr().out
+    report = tmp_path / "report"
+    assert main(["report", str(once), "--output", str(report)]) == 0
+    total = sum(value.numel() for value in parameters[0].values())
+    assert f"| {total:,} |" in (report / "report.md").read_text()
     assert main(["export", str(once), str(tmp_path / "out")]) == 2
     assert "only models of windowed attention" in capsys.readouterr().err
 

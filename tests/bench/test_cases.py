@@ -135,7 +135,7 @@ def test_what_does_not_fit_is_said_and_the_rest_is_measured():
     config = SIZE.at(32, "fp32")
     others = sum(models.weight_bytes(as_system(config, kind), CPU) for kind in ("swa", "full"))
     # Room for the plain step, and too little for the inner steps' besides.
-    need = models.step_bytes(models.without_steps(config), CPU) + others + 1024
+    need = models.step_bytes(as_system(config, "off"), CPU) + others + 1024
     group = meta_group(SIZE, 32, "fp32", CPU, 1, FLAT, need)
     found = Runner(CPU, FLAT, log=lambda _: None).measure(group)
     status = {r.name: r.status for r in found}

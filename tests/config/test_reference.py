@@ -1,20 +1,13 @@
 """The generated reference of keys."""
 
-from ttt_megatron.config import describe, key_references, to_dict
+from ttt_megatron.config import describe, key_references
+from ttt_megatron.config.convert import to_flat
 from ttt_megatron.config.schema import RunConfig
 from ttt_megatron.config.yaml_text import parse_yaml
 
 
-def leaves(values, prefix=""):
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from leaves(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
-
-
 def test_every_key_is_there_with_help_and_a_default_that_a_recipe_can_hold():
-    expected = dict(leaves(to_dict(RunConfig())))
+    expected = to_flat(RunConfig())
     references = key_references()
     assert {r.name: parse_yaml(r.default, r.name) for r in references} == expected
     for reference in references:

@@ -7,7 +7,7 @@ import torch
 from count_flops import count_flops
 
 from ttt_kernels.swa_attention.tiles import tile_rows
-from ttt_megatron.config import load_recipe
+from ttt_megatron.config import from_dict, load_recipe
 from ttt_megatron.config.schema import (
     DataConfig,
     InnerConfig,
@@ -16,6 +16,8 @@ from ttt_megatron.config.schema import (
     TrainingConfig,
 )
 from ttt_megatron.meta.learner import Learner
+from ttt_megatron.planning.layout import Layout
+from ttt_megatron.planning.rank_memory import rank_memory
 from ttt_megatron.planning.step_work import step_work
 from ttt_megatron.planning.units import mean_keys
 
@@ -86,3 +88,12 @@ def test_published_shares_of_the_3b_model_at_128k():
     assert prefix_backward / total == pytest.approx(0.274, abs=0.003)
     assert phases["suffix_forward"] / total == pytest.approx(0.160, abs=0.003)
     assert suffix_backward / total == pytest.approx(0.440, abs=0.003)
+
+
+@pytest.mark.parametrize("mixers", ["full", "attention,full", "attention,mamba2"])
+def test_models_that_would_be_counted_as_others_are_refused(mixers):
+    config = from_dict({"model.mixers": mixers, "model.num_suffix_layers": 0, "inner.mode": "off"})
+    with pytest.raises(ValueError, match=rf"plans know no model\.mixers = {mixers}"):
+        step_work(config)
+    with pytest.raises(ValueError, match=rf"plans know no model\.mixers = {mixers}"):
+        rank_memory(config, Layout())

@@ -66,8 +66,16 @@ _SLEEPS = "import time; print('begun', flush=True); time.sleep(300)"
 _DEAF = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); {_SLEEPS}"
 
 
+@pytest.fixture
+def interruptible():
+    """SIGINT as a terminal's programs have it; those begun in the background ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize(("program", "signals"), [(_SLEEPS, 1), (_DEAF, 2)])
-def test_a_signal_asks_and_a_second_one_kills(points, tmp_path, program, signals):
+def test_a_signal_asks_and_a_second_one_kills(points, tmp_path, program, signals, interruptible):
     jobs = [_job(point, tmp_path, program, _SLEEPS) for point in points]
 
     def interrupt():

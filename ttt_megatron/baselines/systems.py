@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ttt_megatron.baselines.counts import count_with_mixers
-from ttt_megatron.config.schema import ATTENTION_MIXERS, ModelConfig, RunConfig
+from ttt_megatron.config.mixers import OutputRule
+from ttt_megatron.config.schema import ATTENTION_MIXERS, InnerMode, ModelConfig, RunConfig
 from ttt_megatron.config.validate import validate
 from ttt_megatron.errors import UserError
 
@@ -25,9 +26,14 @@ class System:
     make: Callable[[RunConfig], RunConfig]
 
 
-def _mode(mode: Any) -> Callable[[RunConfig], RunConfig]:
+def _mode(mode: InnerMode) -> Callable[[RunConfig], RunConfig]:
     """The same network, its inner steps trained in another way."""
-    return lambda config: replace(config, inner=replace(config.inner, mode=mode, two_level=False))
+
+    def make(config: RunConfig) -> RunConfig:
+        inner = replace(config.inner, mode=mode, two_level=False, segment_chunks=None)
+        return replace(config, inner=inner)
+
+    return make
 
 
 def _all_blocks(config: RunConfig) -> RunConfig:
@@ -39,16 +45,23 @@ def _all_blocks(config: RunConfig) -> RunConfig:
     return replace(config, model=_matched(spread, model))
 
 
-def _plain(mixers: str, **changes: Any) -> Callable[[RunConfig], RunConfig]:
-    """A network without prime MLPs, of these mixers; changes are TTT-KVB's."""
+def _plain(**changes: Any) -> Callable[[RunConfig], RunConfig]:
+    """A network without prime MLPs; changes are the model's."""
 
     def make(config: RunConfig) -> RunConfig:
-        plain = replace(config.model, num_suffix_layers=0, prime_ffn_hidden_size=None)
-        model = replace(plain, mixers=mixers)
-        if mixers == "swa_ttt_kvb":
-            chunk = config.inner.chunk_size
-            model = replace(model, ttt_kvb=replace(model.ttt_kvb, chunk_size=chunk, **changes))
-        return _mode("off")(replace(config, model=_matched(model, config.model)))
+        plain = replace(config.model, num_suffix_layers=0, prime_ffn_hidden_size=None, **changes)
+        return _mode("off")(replace(config, model=_matched(plain, config.model)))
+
+    return make
+
+
+def _ttt_kvb(output_rule: OutputRule) -> Callable[[RunConfig], RunConfig]:
+    """TTT-KVB beside windowed attention in every block, its chunks the inner loop's."""
+
+    def make(config: RunConfig) -> RunConfig:
+        chunk, settings = config.inner.chunk_size, config.model.ttt_kvb
+        settings = replace(settings, chunk_size=chunk, output_rule=output_rule)
+        return _plain(mixers="swa_ttt_kvb", ttt_kvb=settings)(config)
 
     return make
 
@@ -66,32 +79,30 @@ SYSTEMS: Mapping[str, System] = {
         make=_mode("naive"),
     ),
     "off": System(label="no inner steps", text="prime MLPs as ordinary layers", make=_mode("off")),
-    "swa": System(
-        label="SWA", text="sliding-window attention in every block", make=_plain("attention")
-    ),
+    "swa": System(label="SWA", text="sliding-window attention in every block", make=_plain()),
     "full": System(
-        label="full attention", text="full attention in every block", make=_plain("full")
+        label="full attention", text="full attention in every block", make=_plain(window_size=None)
     ),
     "hybrid": System(
         label="hybrid",
         text="five blocks with sliding windows, one with full attention, and so on",
-        make=_plain("attention,attention,attention,attention,attention,full"),
+        make=_plain(mixers="attention,attention,attention,attention,attention,full"),
     ),
     "mamba2": System(
-        label="Mamba 2", text="Mamba 2 and SWA in turn", make=_plain("mamba2,attention")
+        label="Mamba 2", text="Mamba 2 and SWA in turn", make=_plain(mixers="mamba2,attention")
     ),
     "gated_delta": System(
         label="Gated DeltaNet",
         text="Gated DeltaNet and SWA in turn",
-        make=_plain("gated_delta,attention"),
+        make=_plain(mixers="gated_delta,attention"),
     ),
     "ttt_kvb": System(
-        label="TTT-KVB", text="SWA and TTT-KVB in every block", make=_plain("swa_ttt_kvb")
+        label="TTT-KVB", text="SWA and TTT-KVB in every block", make=_ttt_kvb("updated")
     ),
     "ttt_kvb_simplified": System(
         label="TTT-KVB, simplified",
         text="the same with the simplified output rule",
-        make=_plain("swa_ttt_kvb", output_rule="simplified"),
+        make=_ttt_kvb("simplified"),
     ),
 }
 """All systems, by the name that files and commands have for them."""

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ttt_megatron.config.mixers import TTTKVBConfig
 from ttt_megatron.config.schema import ModelConfig
+from ttt_megatron.model.parameters import attention_parameters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,11 +42,8 @@ def ttt_kvb_parameters(config: ModelConfig) -> int:
 
 def swa_ttt_kvb_parameters(config: ModelConfig) -> int:
     """Parameters of a `SWATTTKVB` mixer: attention, the norm between, the layer."""
-    width = config.hidden_size
-    head_dim = width // config.num_heads
-    kv_width = (config.num_kv_heads or config.num_heads) * head_dim
-    attention = 2 * width * width + 2 * width * kv_width + 2 * head_dim * config.qk_norm
-    return attention + width + ttt_kvb_parameters(config)
+    attention = sum(attention_parameters(config))
+    return attention + config.hidden_size + ttt_kvb_parameters(config)
 
 
 def fast_parameters(config: ModelConfig) -> int:

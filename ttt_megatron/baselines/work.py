@@ -49,9 +49,8 @@ def gated_delta_parameters(config: ModelConfig) -> int:
     keys, values = _gated_delta_sizes(config)
     heads = config.num_heads
     linear = config.hidden_size * (2 * keys + 3 * values + 2 * heads)
-    return (
-        linear + (2 * keys + values) * config.gated_delta.conv_kernel + 2 * heads + values // heads
-    )
+    convolution = (2 * keys + values) * config.gated_delta.conv_kernel
+    return linear + convolution + 2 * heads + values // heads
 
 
 def gated_delta_flops(config: ModelConfig) -> MixerFlops:

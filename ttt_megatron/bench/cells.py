@@ -61,24 +61,29 @@ def duration(seconds: float | None) -> str:
 
 
 def digits(value: float) -> str:
+    """Three digits, no decimals from 100 on."""
     return f"{value:,.0f}" if value >= 99.95 else f"{value:.3g}"
 
 
 def percent(value: float | None) -> str:
+    """A share in percent."""
     return NONE if value is None else f"{value:.0%}" if value >= 0.0995 else f"{value:.1%}"
 
 
 def spread(one: Result) -> str:
+    """How far repetitions lie apart, in percent of their median."""
     return NONE if one.spread is None else f"±{percent(one.spread)}"
 
 
 def size_of_bytes(size: int | None) -> str:
+    """In MiB or GiB."""
     if size is None:
         return NONE
     return f"{digits(size / 2**30)} GiB" if size >= 2**30 else f"{digits(size / 2**20)} MiB"
 
 
 def median(one: Result) -> str:
+    """Of a result, or why there is none."""
     return duration(one.median) if one.status == MEASURED else one.status
 
 

@@ -44,7 +44,7 @@ def meta_group(
     config = size.at(length, precision)
     variants = {
         E2E: config,
-        PLAIN: models.without_steps(config),
+        PLAIN: as_system(config, "off"),
         SWA: as_system(config, "swa"),
         FULL: as_system(config, "full"),
     }

@@ -114,11 +114,6 @@ def tiny_with_all_systems() -> Size:
     return Size(name=name, config=from_dict(_TINY | {"name": name, "model": model}))
 
 
-def without_steps(config: RunConfig) -> RunConfig:
-    """The same model with its prime MLPs as ordinary layers."""
-    return replace(config, inner=replace(config.inner, mode="off", two_level=False))
-
-
 def with_memory(
     config: RunConfig, *, policy: MemoryPolicy = "recompute", prefix: bool, two_level: bool
 ) -> RunConfig:
@@ -148,10 +143,7 @@ def step_bytes(config: RunConfig, device: torch.device) -> float:
 
 
 def _memory(config: RunConfig, device: torch.device) -> dict[str, float]:
-    planned = no_less(config)
-    if planned is None:
-        raise ValueError(f"the planner knows no {config.model.mixers}")
-    return rank_memory(planned, Layout(), on_cpu=device.type == "cpu")[0]
+    return rank_memory(no_less(config) or config, Layout(), on_cpu=device.type == "cpu")[0]
 
 
 def on(config: RunConfig, device: torch.device) -> RunConfig:

@@ -41,8 +41,8 @@ def run(args: argparse.Namespace) -> int:
     names = args.systems.split(",") if args.systems else list(SYSTEMS)
     made = {name: as_system(config, name, str(args.recipe)) for name in names}
     texts = {
-        name: system_recipe(config, name, args.recipe, args.output)
-        for name in names
+        name: system_recipe(config, one, name, args.recipe, args.output)
+        for name, one in made.items()
         if args.output is not None and name != "e2e"
     }
     if args.output is not None and args.output.exists() and not args.output.is_dir():

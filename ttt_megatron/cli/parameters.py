@@ -7,11 +7,10 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from ttt_megatron.baselines.counts import count_with_mixers
 from ttt_megatron.config import load_recipe
-from ttt_megatron.config.schema import RunConfig
+from ttt_megatron.config.schema import ATTENTION_MIXERS, RunConfig
 from ttt_megatron.errors import UserError
-from ttt_megatron.model.parameters import ParameterCounts
+from ttt_megatron.model.parameters import ParameterCounts, count_parameters
 
 NAME = "parameters"
 HELP = "Count a model's parameters, by group."
@@ -65,6 +64,11 @@ def _published_recipes() -> dict[str, Path]:
 def _count(config: RunConfig, name: str) -> ParameterCounts:
     if config.model.vocab_size is None:
         raise UserError(f"{name}: model.vocab_size is not set; add model.vocab_size=NUMBER")
+    if set(config.model.mixer_kinds) <= set(ATTENTION_MIXERS):
+        return count_parameters(config.model)
+    # These bring torch in.
+    from ttt_megatron.baselines.counts import count_with_mixers
+
     return count_with_mixers(config.model)
 
 

@@ -9,6 +9,7 @@ from ttt_megatron.config import load_recipe
 from ttt_megatron.errors import UserError
 from ttt_megatron.planning.estimate import Estimator
 from ttt_megatron.planning.hardware import NAMED, find_hardware
+from ttt_megatron.planning.mixers import knows_mixers
 from ttt_megatron.planning.picture import draw_timeline
 from ttt_megatron.planning.report import as_json, heading, overrides, tables
 from ttt_megatron.planning.search import Plan, make_plan
@@ -62,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
         if path is not None and not path.resolve().parent.is_dir():
             raise UserError(f"{path}: there is no folder {path.resolve().parent}; make it first")
     config = load_recipe(args.recipe, args.overrides)
-    if set(config.model.mixer_kinds) != {"attention"}:
+    if not knows_mixers(config.model):
         raise UserError(
             f"{args.recipe}: model.mixers = {config.model.mixers}, and plans know models of "
             "windowed attention alone; plan the same shape with model.mixers=attention"

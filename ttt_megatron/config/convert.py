@@ -73,6 +73,21 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
+def to_flat(config: RunConfig) -> dict[str, Any]:
+    """Every setting by its dotted key, in the schema's order."""
+    return _leaves(to_dict(config), "")
+
+
+def _leaves(values: dict[str, Any], prefix: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            found |= _leaves(value, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = value
+    return found
+
+
 def to_yaml(config: RunConfig) -> str:
     """Every key of `config` as YAML text, in the schema's order; a recipe that is complete."""
     return dump_yaml(to_dict(config))

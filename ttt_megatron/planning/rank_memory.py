@@ -4,6 +4,7 @@ from ttt_megatron.config.schema import RunConfig
 from ttt_megatron.planning import transfers
 from ttt_megatron.planning.layout import Layout
 from ttt_megatron.planning.memory import stage_memory
+from ttt_megatron.planning.mixers import require_known_mixers
 from ttt_megatron.planning.stages import stage_blocks
 
 
@@ -14,8 +15,10 @@ def rank_memory(
 
     In 1F1B order a process holds one micro-batch and one more for every process behind it that a
     forward pass goes through. `on_cpu` counts what gloo and the CPU's attention keep besides:
-    messages until the end of the step, and scores over cached keys.
+    messages until the end of the step, and scores over cached keys. Raises ValueError for mixers
+    that plans do not know.
     """
+    require_known_mixers(config.model)
     applied, number = layout.applied(config), layout.micro_batches(config)
     blocks = stage_blocks(applied, layout.pipeline, layout.pipeline)
     found = []

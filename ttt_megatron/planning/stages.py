@@ -1,19 +1,26 @@
 """Cutting the model into pipeline stages: prefix blocks in front, the suffix whole at the end."""
 
+from dataclasses import replace
+
 from ttt_megatron.config.schema import RunConfig
+from ttt_megatron.planning.mixers import knows_mixers
 from ttt_megatron.planning.step_work import step_work
 
 
 def stage_blocks(config: RunConfig, stages: int, parts: int) -> list[int]:
     """Prefix blocks of each of `parts` parts that lie on `stages` stages in turn, by their FLOPs.
 
-    The vocabulary's size must be known.
+    The vocabulary's size must be known. Mixers that plans do not know weigh as windowed attention
+    does: how evenly work is shared out is then a guess.
     """
+    model = config.model
+    if parts == 1:
+        return [model.num_layers - model.num_suffix_layers]
+    if not knows_mixers(model):
+        config = replace(config, model=replace(model, mixers="attention"))
     work = step_work(config)
     block = work.block_forward + work.block_backward + work.block_weights
     rest = work.total.flops - block.flops * work.prefix_blocks
-    if parts == 1:
-        return [work.prefix_blocks]
     return cut_prefix(work.prefix_blocks, parts, stages, block.flops, rest)
 
 

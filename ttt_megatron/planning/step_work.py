@@ -9,6 +9,7 @@ products of one query with one visited key.
 from dataclasses import dataclass
 
 from ttt_megatron.config.schema import RunConfig
+from ttt_megatron.planning.mixers import require_known_mixers
 from ttt_megatron.planning.static_work import attention_maps, block_maps
 from ttt_megatron.planning.suffix_work import meta_suffix
 from ttt_megatron.planning.units import Work, element_bytes, mean_keys, sizes
@@ -58,8 +59,9 @@ class StepWork:
 def step_work(config: RunConfig, *, tile: int = 128, keep_scores: bool = False) -> StepWork:
     """The work of one sequence. `tile` is attention's queries a tile; with `keep_scores` its
     backward pass over cached keys reads the scores instead of forming them again, as the CPU's
-    does (GPU kernels never store them).
+    does (GPU kernels never store them). Raises ValueError for mixers that plans do not know.
     """
+    require_known_mixers(config.model)
     model, tokens = config.model, config.data.sequence_length
     element = element_bytes(config)
     keys = mean_keys(tokens, model.window_size, tile)

@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
+from ttt_megatron.baselines.counts import count_with_mixers
 from ttt_megatron.evaluation.formatting import mean_cell
 from ttt_megatron.evaluation.statistics import Mean
 from ttt_megatron.evaluation.task_report import Grid
-from ttt_megatron.model.parameters import count_parameters
+from ttt_megatron.planning.mixers import knows_mixers
 from ttt_megatron.planning.step_work import step_work
 from ttt_megatron.reporting.runs import Group, ReportedRun
 from ttt_megatron.reporting.section import Section
@@ -33,7 +34,7 @@ def facts_section(groups: list[Group]) -> Section:
 
 def _row(group: Group) -> list[str]:
     run = group.runs[0]
-    config, counts = run.config, count_parameters(run.config.model)
+    config, counts = run.config, count_with_mixers(run.config.model)
     tokens = run.step * config.training.global_batch_size * config.data.sequence_length
     model_flops = tokens * model_flops_per_token(config.model, config.data.sequence_length)
     seeds = ", ".join(str(each.config.training.seed) for each in group.runs)
@@ -56,7 +57,7 @@ def _row(group: Group) -> list[str]:
 
 def _all_flops(run: ReportedRun) -> str:
     """Those that a run's steps take in all; "-" for mixers that plans do not count."""
-    if set(run.config.model.mixer_kinds) - {"attention"}:
+    if not knows_mixers(run.config.model):
         return "-"
     sequences = run.step * run.config.training.global_batch_size
     return f"{sequences * step_work(run.config, tile=1).total.flops:.3g}"

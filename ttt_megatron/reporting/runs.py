@@ -8,12 +8,12 @@ from typing import Any
 
 from ttt_megatron.bench.results import Report as BenchReport
 from ttt_megatron.bench.results import read_report as read_bench
+from ttt_megatron.config.convert import to_flat
 from ttt_megatron.config.schema import RunConfig
 from ttt_megatron.errors import UserError
 from ttt_megatron.sweeps.results import FINISHED, RESULTS, SweepResults, read_results
 from ttt_megatron.training.checkpoint_folder import CHECKPOINTS, read_config, read_info
 from ttt_megatron.training.preflight import find_resumable
-from ttt_megatron.training.resume import flatten_config
 
 BENCH = "bench.json"
 _SEED = "training.seed"
@@ -124,7 +124,7 @@ def _groups(runs: Sequence[ReportedRun]) -> Iterator[Group]:
     """Runs of equal settings but for the seed; two of the same seed are not a group."""
     found: dict[tuple[Any, ...], list[ReportedRun]] = {}
     for run in runs:
-        flat = flatten_config(run.config)
+        flat = to_flat(run.config)
         rest = [v for k, v in flat.items() if k not in _OWN and not k.startswith("tracking.")]
         # Each seed's later stage starts from its own earlier one.
         start = flat[_START] and _SEED_WORD.sub("", flat[_START])

@@ -16,6 +16,7 @@ import torch
 
 import ttt_kernels
 import ttt_megatron
+from ttt_megatron.config.convert import to_flat
 from ttt_megatron.config.schema import RunConfig
 from ttt_megatron.data.dataset import open_dataset
 from ttt_megatron.errors import UserError
@@ -23,7 +24,6 @@ from ttt_megatron.parallel.meeting import Meeting, describe, in_words
 from ttt_megatron.training.fused import choose_adam
 from ttt_megatron.training.fused_norm import choose_norm
 from ttt_megatron.training.precision import compute_dtype, parameter_dtype_of
-from ttt_megatron.training.resume import flatten_config
 
 _MOST_KEYS = 5
 _MOST_RANKS = 4
@@ -33,7 +33,7 @@ _GRACE = timedelta(seconds=10)
 
 def own_facts(config: RunConfig, device: torch.device) -> dict[str, Any]:
     """What all ranks must have in common, by the name it has in a message."""
-    facts: dict[str, Any] = flatten_config(config)
+    facts: dict[str, Any] = to_flat(config)
     facts["kind of device"] = device.type
     found: dict[str, Callable[[], object]] = {
         "data fingerprint": lambda: open_dataset(config.data.path).fingerprint,

@@ -10,6 +10,7 @@ the figure compares methods at equal model and data.
 from ttt_megatron.baselines.ttt_kvb_work import ttt_kvb_flops
 from ttt_megatron.baselines.work import gated_delta_flops, mamba2_flops
 from ttt_megatron.config.schema import ModelConfig
+from ttt_megatron.model.parameters import attention_parameters
 
 
 def mean_visible_keys(sequence_length: int, window_size: int | None) -> float:
@@ -38,8 +39,7 @@ def _mixer_flops(kind: str, model: ModelConfig, sequence_length: int) -> float:
     bound = ttt_kvb_flops(model).total if kind in ("ttt_kvb", "swa_ttt_kvb") else 0
     if kind == "ttt_kvb":
         return bound
-    width = model.hidden_size
-    kv_width = (model.num_kv_heads or model.num_heads) * (width // model.num_heads)
+    matrices, _ = attention_parameters(model)
     window = None if kind == "full" else model.window_size
     keys = mean_visible_keys(sequence_length, window)
-    return 2.0 * (2 * width * width + 2 * width * kv_width) + 4.0 * width * keys + bound
+    return 2.0 * matrices + 4.0 * model.hidden_size * keys + bound

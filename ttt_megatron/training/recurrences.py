@@ -30,19 +30,19 @@ def use_recurrences(
     chosen: dict[str, str] = {}
     for learner in learners:
         chosen |= use_fla_kernels(learner.model.modules(), groups.device, dtype)
-    found = groups.gather_objects(chosen)
     # Ranks of a pipeline may hold mixers of different kinds.
-    for rank, theirs in enumerate(found):
+    known: dict[str, tuple[int, str]] = {}
+    for rank, theirs in enumerate(groups.gather_objects(chosen)):
         for kind, kernel in theirs.items():
             if wanted == "flash-linear-attention" and kernel != wanted:
                 raise UserError(
                     f"training.mixer_kernels = {wanted}, and {kind} has {kernel} on rank {rank}; "
                     "set training.mixer_kernels=plain, or auto for what there is"
                 )
-            first = next(r for r, other in enumerate(found) if kind in other)
-            if kernel != found[first][kind]:
+            first, other = known.setdefault(kind, (rank, kernel))
+            if kernel != other:
                 raise UserError(
-                    f"{kind} has {kernel} on rank {rank} and {found[first][kind]} on rank {first}; "
-                    "install the same packages everywhere, or set training.mixer_kernels=plain"
+                    f"{kind} has {kernel} on rank {rank} and {other} on rank {first}; install the "
+                    "same packages everywhere, or set training.mixer_kernels=plain"
                 )
-    return {f"{kind}'s recurrence": kernel for kind, kernel in chosen.items()}
+    return {f"{kind}'s recurrence": kernel for kind, (_, kernel) in known.items()}

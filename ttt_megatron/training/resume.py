@@ -1,8 +1,6 @@
 """Going on with a run: which settings may have changed since, and which may not."""
 
-from typing import Any
-
-from ttt_megatron.config import to_dict
+from ttt_megatron.config.convert import to_flat
 from ttt_megatron.config.schema import RunConfig
 from ttt_megatron.errors import UserError
 
@@ -39,24 +37,9 @@ _FREE_KEYS = frozenset(
 )
 
 
-def flatten_config(config: RunConfig) -> dict[str, Any]:
-    """Every setting by its dotted key."""
-    return _flat(to_dict(config))
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat
-
-
 def refuse_changes(saved: RunConfig, config: RunConfig, checkpoint: str) -> None:
     """Raises UserError naming every key that differs from the checkpoint's run and must not."""
-    before, now = flatten_config(saved), flatten_config(config)
+    before, now = to_flat(saved), to_flat(config)
     changed = [
         f"{key} is {now[key]} and was {before[key]}"
         for key in now

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ttt_megatron.config import to_yaml
+from ttt_megatron.config.convert import to_flat
 from ttt_megatron.config.schema import RunConfig, TrackingConfig
 from ttt_megatron.training.callbacks.base import Callback
-from ttt_megatron.training.resume import flatten_config
 
 if TYPE_CHECKING:
     from ttt_megatron.training.records import StepRecord
@@ -201,7 +201,7 @@ class MlflowTracking(Callback):
         tags = {} if tracking.parent_run is None else {_PARENT: tracking.parent_run}
         created = client.create_run(identifier, run_name=self._config.name, tags=tags)
         run: str = created.info.run_id
-        values = flatten_config(self._config).items()
+        values = to_flat(self._config).items()
         parameters = [Param(key, str(value)[:_VALUE_LENGTH]) for key, value in values]
         for first in range(0, len(parameters), _PARAMETERS_A_CALL):
             client.log_batch(run, params=parameters[first : first + _PARAMETERS_A_CALL])
