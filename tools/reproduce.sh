@@ -3,14 +3,16 @@
 #
 #   bash tools/reproduce.sh TRAIN.jsonl.gz HELD_OUT.jsonl.gz
 #   JOBS=2 SEEDS="1 2 3" bash tools/reproduce.sh books.jsonl held-out.jsonl
+#   SIZE=30m bash tools/reproduce.sh books.jsonl held-out.jsonl   # on a GPU
 #
 # The first seed trains all systems, the others HEADLINE alone; each the toy. What is finished is
-# not done again: the same command goes on after an interruption. Output is in reproduction/logs.
+# not done again: the same command goes on after an interruption. Output is in reproduction/logs,
+# or reproduction-30m/logs. BIN is the folder of python and ttt-megatron.
 # SETTINGS are of every training: SETTINGS="training.steps=20" looks whether all of it works.
 set -euo pipefail
 
 if [[ $# -ne 2 ]]; then
-  sed -n '2,9s/^# \{0,1\}//p' "$0" >&2
+  sed -n '2,12s/^# \{0,1\}//p' "$0" >&2
   exit 2
 fi
 TRAIN=$1
@@ -19,20 +21,38 @@ JOBS=${JOBS:-2}
 SEEDS=${SEEDS:-1 2 3}
 HEADLINE=${HEADLINE:-e2e swa}
 SETTINGS=${SETTINGS:-}
-TOY=${TOY-e2e naive off swa full}
 SYSTEMS=${SYSTEMS:-e2e swa full gated_delta naive off mamba2 ttt_kvb ttt_kvb_simplified hybrid
   swa-compute full-compute e2e_all}
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-BIN=$ROOT/.venv/bin
-RECIPES=$ROOT/recipes/reproduction
-export BIN RECIPES ROOT SETTINGS
+BIN=${BIN:-$ROOT/.venv/bin}
+SIZE=${SIZE:-small}
+case $SIZE in
+  small)
+    OUT=reproduction TITLE='The small reproduction' VOCABULARY=bpe:2048 PIECES=()
+    EVALUATE='--length 4096 --last 256 --batch 4'
+    TOY=${TOY-e2e naive off swa full}
+    ;;
+  30m)
+    OUT=reproduction-30m TITLE='The reproduction at 30M' VOCABULARY=bpe:8192
+    PIECES=(--characters 150000 --pieces 4)
+    EVALUATE='--length 32768 --last 1024 --batch 8'
+    TOY=
+    ;;
+  *)
+    echo "SIZE=$SIZE: there are small and 30m" >&2
+    exit 2
+    ;;
+esac
+RECIPES=$ROOT/recipes/$OUT
+export BIN RECIPES ROOT SETTINGS OUT EVALUATE
 export OMP_NUM_THREADS=1
 
-mkdir -p reproduction/logs
-if [[ ! -f reproduction/data/index.json ]]; then
-  "$BIN/python" "$ROOT/tools/cut_documents.py" "$HELD_OUT" --output reproduction/held-out.jsonl
-  "$BIN/ttt-megatron" prepare "$TRAIN" --validation-input reproduction/held-out.jsonl \
-    --tokenizer bpe:2048 --output reproduction/data
+mkdir -p "$OUT/logs"
+if [[ ! -f $OUT/data/index.json ]]; then
+  "$BIN/python" "$ROOT/tools/cut_documents.py" "$HELD_OUT" "${PIECES[@]}" \
+    --output "$OUT/held-out.jsonl"
+  "$BIN/ttt-megatron" prepare "$TRAIN" --validation-input "$OUT/held-out.jsonl" \
+    --tokenizer "$VOCABULARY" --output "$OUT/data"
 fi
 
 # The recipe of a system: the base's own is TTT-E2E's.
@@ -42,7 +62,7 @@ recipe_of() {
 
 # A toy with one seed.
 toy() {
-  local run=reproduction/runs/toy-$1-seed$2
+  local run=$OUT/runs/toy-$1-seed$2
   "$BIN/ttt-megatron" train "$(recipe_of toy "$1")" "training.seed=$2" "data.seed=$2" \
     "training.output=$run" "name=toy-$1-seed$2" $SETTINGS || return
   if [[ ! -f $run/evaluation/by_position.json ]]; then
@@ -52,7 +72,7 @@ toy() {
 
 # One system with one seed: both stages, then the evaluations.
 one() {
-  local system=$1 seed=$2 runs=reproduction/runs stage recipe first last
+  local system=$1 seed=$2 runs=$OUT/runs stage recipe first last
   for stage in 1 2; do
     recipe=$(recipe_of "stage$stage" "$system")
     first=$runs/stage1-$system-seed$seed
@@ -64,7 +84,7 @@ one() {
   last=$runs/stage2-$system-seed$seed
   if [[ ! -f $last/evaluation/context.json ]]; then
     "$BIN/ttt-megatron" evaluate "$last" --task position --task context \
-      --length 4096 --last 256 --batch 4 || return
+      $EVALUATE || return
   fi
 }
 export -f recipe_of toy one
@@ -84,8 +104,8 @@ plan() {
 }
 # A word a run: what it is and how it ended.
 plan | xargs -P "$JOBS" -L 1 bash -c '
-  what=$1 log=reproduction/logs/$1-seed$2.log
-  [[ $0 == toy ]] && what="toy $1" log=reproduction/logs/toy-$1-seed$2.log
+  what=$1 log=$OUT/logs/$1-seed$2.log
+  [[ $0 == toy ]] && what="toy $1" log=$OUT/logs/toy-$1-seed$2.log
   echo "$(date +%H:%M:%S) $what seed $2: begins, output in $log"
   if "$0" "$1" "$2" >>"$log" 2>&1; then
     echo "$(date +%H:%M:%S) $what seed $2: done"
@@ -97,8 +117,7 @@ if [[ $failed == 1 ]]; then
   exit 1
 fi
 if [[ -n $TOY ]]; then
-  "$BIN/ttt-megatron" report reproduction/runs/toy-* --title 'The toy' \
-    --output reproduction/report-toy
+  "$BIN/ttt-megatron" report "$OUT"/runs/toy-* --title 'The toy' \
+    --output "$OUT/report-toy"
 fi
-"$BIN/ttt-megatron" report reproduction/runs/stage2-* \
-  --title 'The small reproduction' --output reproduction/report
+"$BIN/ttt-megatron" report "$OUT"/runs/stage2-* --title "$TITLE" --output "$OUT/report"

@@ -10,7 +10,7 @@ from ttt_megatron.baselines.counts import count_with_mixers
 from ttt_megatron.baselines.recipes import system_recipe
 from ttt_megatron.baselines.systems import SYSTEMS, as_system
 from ttt_megatron.cli.main import main
-from ttt_megatron.config import from_dict, load_recipe
+from ttt_megatron.config import from_dict, load_recipe, to_dict
 from ttt_megatron.errors import UserError
 from ttt_megatron.planning.step_work import step_work
 from ttt_megatron.training.flops import model_flops_per_token
@@ -70,6 +70,15 @@ def test_systems_are_what_they_are_called():
     assert all(made[name].inner.mode == "off" for name in plain)
 
 
+@pytest.mark.parametrize("mode", ["naive", "off"])
+def test_systems_without_trained_steps_have_no_graphs_of_them(mode):
+    config = load_recipe(RECIPES / "reproduction-30m" / "stage1.yaml")
+    assert config.training.cuda_graphs
+    made = as_system(config, mode)
+    assert not made.training.cuda_graphs
+    assert from_dict(to_dict(made)) == made
+
+
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
 @pytest.mark.parametrize("name", [name for name in SYSTEMS if name != "e2e"])
 def test_written_recipes_are_the_systems(stage, name, tmp_path):
@@ -86,12 +95,16 @@ def test_written_recipes_are_the_systems(stage, name, tmp_path):
     assert written == replace(made, name=f"reproduction-{stage}-{name}", training=training)
 
 
-FOUND = sorted((RECIPES / "reproduction").glob("*/*.yaml"))
+FOUND = sorted(RECIPES.glob("reproduction*/*/*.yaml"))
 OWN = [path for path in FOUND if path.stem in SYSTEMS]
 COMPUTE = [path for path in FOUND if path.stem not in SYSTEMS]
 
 
-@pytest.mark.parametrize("path", OWN, ids=[f"{path.parent.name}-{path.stem}" for path in OWN])
+def place(path):
+    return "-".join([*path.parts[-3:-1], path.stem])
+
+
+@pytest.mark.parametrize("path", OWN, ids=place)
 def test_the_repositorys_recipes_are_up_to_date(path):
     base = path.parent.with_suffix(".yaml")
     config = load_recipe(base)
@@ -100,7 +113,7 @@ def test_the_repositorys_recipes_are_up_to_date(path):
     assert path.read_text() == expected
 
 
-@pytest.mark.parametrize("path", COMPUTE, ids=[f"{p.parent.name}-{p.stem}" for p in COMPUTE])
+@pytest.mark.parametrize("path", COMPUTE, ids=place)
 def test_equal_compute_is_as_many_operations(path):
     ours, theirs = load_recipe(path.parent.with_suffix(".yaml")), load_recipe(path)
     same_tokens = load_recipe(path.with_stem(path.stem.removesuffix("-compute")))

@@ -31,7 +31,8 @@ def _mode(mode: InnerMode) -> Callable[[RunConfig], RunConfig]:
 
     def make(config: RunConfig) -> RunConfig:
         inner = replace(config.inner, mode=mode, two_level=False, segment_chunks=None)
-        return replace(config, inner=inner)
+        training = replace(config.training, cuda_graphs=False)  # those are of inner steps
+        return replace(config, inner=inner, training=training)
 
     return make
 
