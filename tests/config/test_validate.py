@@ -25,6 +25,8 @@ MAY_BE_ZERO = {
     "inner.lr_start",
     "inner.lr_warmup_fraction",
     "data.seed",
+    "faults.hang_minutes",
+    "faults.max_rewinds",
     "optimizer.end_lr",
     "optimizer.warmup_fraction",
     "optimizer.beta1",
@@ -199,6 +201,14 @@ def test_no_number_is_negative_and_few_are_zero(resolve, name):
     else:
         with pytest.raises(UserError, match=rf"{name} = 0(\.0)? must be greater"):
             resolve(f"{name}=0")
+
+
+def test_what_faults_cannot_be(resolve):
+    with pytest.raises(UserError, match="one step has no standard deviation"):
+        resolve("faults.spike_window=1")
+    with pytest.raises(UserError, match="half of the processes take longer"):
+        resolve("faults.slow_rank_ratio=1")
+    resolve("faults.drift_alarm=null")
 
 
 def test_dictionaries_are_validated_too():

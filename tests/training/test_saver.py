@@ -141,6 +141,7 @@ def test_a_rank_that_cannot_write_stops_all_at_the_next_step(data: Path, tmp_pat
         training__async_save=True,
         model__ffn_hidden_size=256,
         parallel__data=2,
+        faults__save_attempts=1,
     )
     Path(config.training.output).mkdir()
     first, second = launch(_run_out_of_room, (config,), 2)

@@ -6,6 +6,7 @@ The sentence in a field's metadata feeds `--help` and the configuration referenc
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ttt_megatron.config.faults import FaultsConfig
 from ttt_megatron.config.mixers import GatedDeltaConfig, Mamba2Config, TTTKVBConfig
 from ttt_megatron.config.setting import setting
 
@@ -305,4 +306,5 @@ class RunConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     fp8: Float8Config = field(default_factory=Float8Config)
+    faults: FaultsConfig = field(default_factory=FaultsConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)

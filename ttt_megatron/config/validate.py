@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import fields
 
+from ttt_megatron.config.faults import fault_problems
 from ttt_megatron.config.mixer_rules import mixer_problems
 from ttt_megatron.config.schema import (
     Float8Config,
@@ -99,6 +100,7 @@ def _problems(config: RunConfig) -> Iterator[str]:
     yield from _context(config)
     yield from _pipeline(config)
     yield from _float8(config)
+    yield from fault_problems(config.faults)
     if config.parallel.overlap_param_gather and not config.parallel.overlap_grad_reduce:
         yield (
             "parallel.overlap_param_gather = true needs parallel.overlap_grad_reduce = true; "

@@ -5,7 +5,6 @@ stop with SIGTERM and waits, however long their current step takes.
 """
 
 import ctypes
-import json
 import logging
 import multiprocessing
 import os
@@ -14,7 +13,6 @@ import signal
 import sys
 import tempfile
 import time
-import traceback
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +21,12 @@ from types import FrameType
 from typing import Any, TypeVar
 
 from ttt_megatron.errors import UserError
+from ttt_megatron.parallel.accounts import (
+    WorkerError,
+    keep_accounts_in,
+    leave_account,
+    read_accounts,
+)
 
 Result = TypeVar("Result")
 
@@ -33,10 +37,6 @@ _OFTEN_MEANS: dict[int, str] = {
     "parallel.timeout_minutes: see the lines above",
 }
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
-
-
-class WorkerError(Exception):
-    """A worker process crashed; the message names its rank and tells why or how."""
 
 
 def under_torchrun() -> bool:
@@ -127,21 +127,11 @@ def _worker(
     """One rank: runs the work; leaves an account of its failure in `folder`."""
     _die_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent turns Ctrl-C into one SIGTERM
-    rank = int(os.environ["RANK"])
+    keep_accounts_in(Path(folder))
     try:
         return pickle.dumps(work(*arguments))
     except BaseException as error:
-        account = {
-            "rank": rank,
-            "time": time.time(),
-            "user": isinstance(error, UserError),
-            "told": isinstance(error, UserError | WorkerError),
-            "message": str(error) or type(error).__name__,
-            "traceback": traceback.format_exc(),
-        }
-        beside = Path(folder) / f"rank-{rank}.tmp"
-        beside.write_text(json.dumps(account))
-        beside.rename(beside.with_suffix(".json"))
+        leave_account(error)
         sys.stdout.flush()
         sys.stderr.flush()
         # Perhaps only the echo of another rank's sudden death: let the agent see that one first.
@@ -173,7 +163,7 @@ def _die_with(parent: int) -> None:
 
 def _first_failure(folder: Path, processes: int, rank: int, exit_code: int) -> Exception:
     """The exception that tells of the rank that failed first."""
-    accounts = [json.loads(path.read_text()) for path in folder.glob("rank-*.json")]
+    accounts = read_accounts(folder)
     if not any(account["rank"] == rank for account in accounts):
         cause = f"exit code {exit_code}"
         if exit_code < 0:

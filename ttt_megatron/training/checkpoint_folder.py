@@ -109,6 +109,14 @@ def newest_complete(folder: Path, *, quick: bool = False) -> Path | None:
     return None
 
 
+def newest_step(folder: Path) -> int:
+    """The step of the newest checkpoint that has all its files, by their sizes; -1 without one."""
+    for checkpoint in reversed(list_checkpoints(folder)):
+        if find_damage(checkpoint, hashes=False) is None:
+            return int(checkpoint.name[len(_PREFIX) :])
+    return -1
+
+
 def resolve_checkpoint(path: Path) -> Path:
     """A checkpoint folder from itself or from a run's folder (its newest complete checkpoint).
 

@@ -20,6 +20,7 @@ from ttt_megatron.meta.learner import Learner
 from ttt_megatron.meta.part import WHOLE
 from ttt_megatron.model.decay import decays
 from ttt_megatron.parallel.groups import Groups
+from ttt_megatron.training.clock import PassesClock
 from ttt_megatron.training.deepspeed_setup import start_deepspeed
 from ttt_megatron.training.engine import Update
 from ttt_megatron.training.optimizer_state import (
@@ -53,11 +54,17 @@ class DeepSpeedEngine:
         self._zero = self._deepspeed.optimizer
         self._state = ZeroState(self._adam, parallel_state.get_data_parallel_group())
         self._updates = 0
+        self._clock = PassesClock(groups.device)
 
     @property
     def adam(self) -> str:
         """As `Engine` says."""
         return "torch (DeepSpeed is given torch's)"
+
+    @property
+    def passes_seconds(self) -> float:
+        """As `Engine` says; DeepSpeed reduces within them."""
+        return self._clock.seconds
 
     @property
     def learners(self) -> list[Learner]:
@@ -73,11 +80,13 @@ class DeepSpeedEngine:
     ) -> list[dict[str, Tensor]]:
         """As `Engine` says."""
         all_measured, last = [], len(micro_batches) - 1
+        self._clock.start()
         for index, batch in enumerate(micro_batches):
             self._deepspeed.set_gradient_accumulation_boundary(index == last)
             loss, measured = self._deepspeed(batch, inner_lr)
             self._deepspeed.backward(loss / len(micro_batches), scale_wrt_gas=False)
             all_measured.append(measured)
+        self._clock.stop()
         return all_measured
 
     @torch.no_grad()

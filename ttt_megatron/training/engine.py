@@ -35,6 +35,10 @@ class Engine(Protocol):
         """Whose AdamW makes the update, and why."""
 
     @property
+    def passes_seconds(self) -> float:
+        """How long the last passes took this rank, before their gradients were reduced."""
+
+    @property
     def learners(self) -> list[Learner]:
         """This rank's parts of the model, in their order; mostly one."""
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from ttt_megatron.config.schema import RunConfig
@@ -10,6 +11,7 @@ from ttt_megatron.data.stream import Batch
 from ttt_megatron.meta.learner import Learner
 from ttt_megatron.parallel.groups import Groups
 from ttt_megatron.parallel.replica import learner_of, replicate, settle_parameters
+from ttt_megatron.training.clock import PassesClock
 from ttt_megatron.training.engine import Update
 from ttt_megatron.training.optimizer import build_optimizer
 from ttt_megatron.training.passes import forward_backward
@@ -23,12 +25,20 @@ class MegatronEngine:
         self._groups = groups
         moved = [learner.to(groups.device) for learner in learners]
         self._chunks = replicate(moved, config.model, config.parallel)
+        self._clock = PassesClock(groups.device)
+        shared = get_model_config(self._chunks[0])
+        shared.finalize_model_grads_func = self._clock.stopped_by(shared.finalize_model_grads_func)
         self._optimizer = build_optimizer(self._chunks, config.optimizer, config.training.steps)
 
     @property
     def adam(self) -> str:
         """As `Engine` says."""
         return str(self._optimizer.adam)
+
+    @property
+    def passes_seconds(self) -> float:
+        """As `Engine` says."""
+        return self._clock.seconds
 
     @property
     def learners(self) -> list[Learner]:
@@ -43,6 +53,7 @@ class MegatronEngine:
         self, micro_batches: Sequence[Batch], inner_lr: float
     ) -> list[dict[str, Tensor]]:
         """As `Engine` says, in the order that the layout asks for."""
+        self._clock.start()
         return forward_backward(self._chunks, micro_batches, inner_lr, self._groups)
 
     def step(self, step: int) -> Update:

@@ -11,7 +11,8 @@ class StepRecord:
     """One finished outer step.
 
     `step` counts steps done, this one included; `tokens` and `model_flops` are the whole global
-    batch's, `seconds` this rank's wall time.
+    batch's, `seconds` this rank's wall time, in which it computed for `passes_seconds`
+    before the gradients were reduced; before that it had waited `data_seconds` for its batch.
     """
 
     step: int
@@ -19,6 +20,8 @@ class StepRecord:
     update: Update
     inner_lr: float
     seconds: float
+    passes_seconds: float
+    data_seconds: float
     tokens: int
     model_flops: float
 

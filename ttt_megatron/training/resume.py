@@ -6,7 +6,7 @@ from ttt_megatron.errors import UserError
 
 # Neither the model, nor its data, nor the course of its training depends on these. The data's
 # fingerprint is compared apart from its path.
-_FREE_SECTIONS = ("parallel", "tracking")
+_FREE_SECTIONS = ("faults", "parallel", "tracking")
 _FREE_KEYS = frozenset(
     {
         "name",

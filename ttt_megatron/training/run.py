@@ -22,11 +22,13 @@ from ttt_megatron.parallel.groups import Groups, process_groups
 from ttt_megatron.parallel.meeting import Meeting
 from ttt_megatron.parallel.pipeline import own_stages
 from ttt_megatron.parallel.replica import layer_slots
+from ttt_megatron.resilience.events import EVENTS_FILE, recording_failure
 from ttt_megatron.tracing import start_trace, stop_trace
 from ttt_megatron.training.agreement import own_facts, require_agreement
 from ttt_megatron.training.callbacks import build_callbacks
 from ttt_megatron.training.callbacks.metrics_log import METRICS_FILE
 from ttt_megatron.training.callbacks.tracking import TRACKING_FILE, tracking_uri
+from ttt_megatron.training.callbacks.watchdog import STACKS
 from ttt_megatron.training.checkpoint import RunParts, load_checkpoint
 from ttt_megatron.training.checkpoint_folder import CHECKPOINTS, read_config, sweep
 from ttt_megatron.training.engines import build_engine
@@ -45,7 +47,15 @@ logger = logging.getLogger(__name__)
 
 _LOCK_FILE = ".lock"
 TRACE_FOLDER = "trace"
-_BELONGS_TO_A_RUN = (CHECKPOINTS, METRICS_FILE, TRACKING_FILE, TRACE_FOLDER, "*.png")
+_BELONGS_TO_A_RUN = (
+    CHECKPOINTS,
+    METRICS_FILE,
+    TRACKING_FILE,
+    TRACE_FOLDER,
+    EVENTS_FILE,
+    STACKS,
+    "*.png",
+)
 
 
 class _StderrHandler(logging.StreamHandler[TextIO]):
@@ -61,7 +71,8 @@ def train_worker(config: RunConfig, fresh: bool) -> TrainingResult:
     ours = logging.getLogger("ttt_megatron")
     ours.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
     logging.basicConfig(format="%(message)s", handlers=[_StderrHandler()])
-    return run_training(config, fresh)
+    with recording_failure(Path(config.training.output)):
+        return run_training(config, fresh)
 
 
 def run_training(config: RunConfig, fresh: bool = False) -> TrainingResult:

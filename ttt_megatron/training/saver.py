@@ -5,6 +5,7 @@ files in a thread; `complete`, collective again, lists them and gives the folder
 the two, training may go on: what has no final name is no checkpoint.
 """
 
+import os
 import shutil
 import threading
 from collections.abc import Callable
@@ -36,6 +37,14 @@ from ttt_megatron.training.checkpoint_folder import (
     write_info,
 )
 from ttt_megatron.training.manifest import Entries
+
+
+class SaveError(UserError):
+    """A checkpoint that could not be written; the same on all ranks."""
+
+
+# More than the plain values that the main rank writes beside the tensors.
+_TRIAL_BYTES = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,13 +84,13 @@ class Saver:
         Collective; no other save may be under way. `trainer_state` is plain values, equal on all
         ranks.
 
-        Raises UserError if the folder cannot be made.
+        Raises SaveError if the folder cannot be made or written to.
         """
         assert self._save is None
         groups = self._parts.groups
         final = self._folder / checkpoint_name(info.step)
         beside: Path = groups.broadcast_object(unfinished_path(final) if groups.is_main else None)
-        self._on_main(final, lambda: (beside / STATE).mkdir(parents=True))
+        self._on_main(final, lambda: _try_out(beside))
         state = state_to_save(self._parts, trainer_state)
         expect_results()
         try:
@@ -90,7 +99,8 @@ class Saver:
                     state, str(beside / STATE), async_sharded_save=True
                 )
         except OSError as error:  # of the main rank, which writes the plain values
-            raise self._failure(final, f"rank {groups.rank}: {error}") from error
+            remove([beside])
+            raise self._failure(final, f"rank {groups.rank}: {error}", ends=True) from error
         live = self._parts.named_parameters().values()
         write = BackgroundWrite(request, beside, live)
         self._save = _Save(beside=beside, final=final, info=info, request=request, write=write)
@@ -100,7 +110,7 @@ class Saver:
 
         Collective. Checkpoints no longer kept lose their names; they are removed in a thread.
 
-        Raises UserError on all ranks if any of them could not write.
+        Raises SaveError on all ranks if any of them could not write.
         """
         save, groups = self._save, self._parts.groups
         assert save is not None
@@ -117,7 +127,9 @@ class Saver:
                 for finalize in save.request.finalize_fns:
                     finalize()
         except OSError as error:  # of the main rank, which writes the list of tensors
-            raise self._failure(save.final, f"rank {groups.rank}: {error}") from error
+            # The others wait within: only an end of the run brings them back.
+            remove([save.beside])
+            raise self._failure(save.final, f"rank {groups.rank}: {error}", ends=True) from error
         written = {name: entry for entries, _ in outcomes for name, entry in entries.items()}
         self._on_main(save.final, lambda: self._commit(save, written))
         return save.final
@@ -145,7 +157,7 @@ class Saver:
         self._removal.start()
 
     def _on_main(self, final: Path, work: Callable[[], object]) -> None:
-        """Does it on the main rank; all ranks wait, and all raise UserError if it cannot be done.
+        """Does it on the main rank; all ranks wait, and all raise SaveError if it cannot be done.
 
         Collective.
         """
@@ -159,11 +171,27 @@ class Saver:
         if error is not None:
             raise self._failure(final, f"rank 0: {error}")
 
-    def _failure(self, final: Path, causes: str) -> UserError:
-        return UserError(
+    def _failure(self, final: Path, causes: str, *, ends: bool = False) -> UserError:
+        """`ends` where not all ranks know, so that the run cannot go on."""
+        return (UserError if ends else SaveError)(
             f"{final} could not be written ({causes}): see that {self._folder} has room and can "
             f"be written by every rank; the same command then goes on from the checkpoint before"
         )
+
+
+def _try_out(folder: Path) -> None:
+    """Makes the folder and sees whether there is room for the plain values; raises OSError."""
+    (folder / STATE).mkdir(parents=True)
+    trial = folder / "trial"
+    try:
+        with trial.open("wb") as file:
+            file.write(bytes(_TRIAL_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+        trial.unlink()
+    except OSError:
+        remove([folder])
+        raise
 
 
 def _told(error: BaseException | None) -> str | None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from ttt_megatron.resilience.events import Event
     from ttt_megatron.training.records import StepRecord
     from ttt_megatron.training.trainer import Trainer
 
@@ -27,6 +28,15 @@ class Callback:
 
     def on_checkpoint(self, trainer: Trainer, path: Path) -> None:
         """After a checkpoint has its final name."""
+
+    def on_event(self, trainer: Trainer, event: Event) -> None:
+        """After something that is worth telling: a skipped step, a slow rank."""
+
+    def on_rewind(self, trainer: Trainer) -> None:
+        """After the run has gone back to `trainer.checkpoint`, whose step is the last done now."""
+
+    def on_alive(self, trainer: Trainer) -> None:
+        """Now and then while something takes longer than a step, as long as it goes well."""
 
     def on_end(self, trainer: Trainer) -> None:
         """After the last step, or the one at which the run was asked to stop; not after errors."""

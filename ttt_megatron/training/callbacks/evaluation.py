@@ -66,6 +66,7 @@ class ValidationLoss(Callback):
                 output = read_in_stages(
                     learners, groups.stages, own.tensors, config.inner.lr, own.part
                 )
+                trainer.alive()
                 if output is not None:
                     sums += _sums(output.chunk_losses.double(), own.part, num_parts)
         groups.settle()

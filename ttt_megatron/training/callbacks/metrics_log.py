@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
+from io import FileIO
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from ttt_megatron.training.callbacks.base import Callback
 
 if TYPE_CHECKING:
     from ttt_megatron.training.records import StepRecord
     from ttt_megatron.training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -21,19 +25,32 @@ class MetricsLog(Callback):
     """Appends to `output/metrics.jsonl`; numbers read back as the very same floats.
 
     A resumed run first cuts the file after its checkpoint's step, so that no step stands twice.
+    While the disk is full, lines wait in memory.
     """
 
     def __init__(self, output: Path) -> None:
         self._path = output / METRICS_FILE
-        self._file: IO[str] | None = None
+        self._file: FileIO | None = None
+        self._waiting = b""
+        self._told = False
 
     def on_start(self, trainer: Trainer) -> None:
         """Cuts what a lost part of the run left, and opens the file."""
+        self._cut(trainer)
+
+    def on_rewind(self, trainer: Trainer) -> None:
+        """Cuts what the run has gone back from."""
+        self.close(trainer)
+        self._waiting = b""
+        self._cut(trainer)
+
+    def _cut(self, trainer: Trainer) -> None:
         kept = [row for row in read_metrics(self._path) if row["step"] <= trainer.progress.step]
         beside = self._path.with_suffix(".tmp")
         beside.write_text("".join(_line(row) for row in kept))
         os.replace(beside, self._path)
-        self._file = self._path.open("a")
+        # Without a buffer: what a full disk takes of a line is known to the byte.
+        self._file = self._path.open("ab", buffering=0)
 
     def on_step(self, trainer: Trainer, record: StepRecord) -> None:
         """Writes the step's line."""
@@ -49,9 +66,15 @@ class MetricsLog(Callback):
             self._file.close()
 
     def _write(self, row: dict[str, Any]) -> None:
-        if self._file is not None:
-            self._file.write(_line(row))
-            self._file.flush()
+        if self._file is None:
+            return
+        self._waiting += _line(row).encode()
+        try:
+            self._waiting = self._waiting[self._file.write(self._waiting) :]
+        except OSError as error:
+            if not self._told:
+                logger.warning("%s: %s. Training goes on; lines wait", self._path, error.strerror)
+            self._told = True
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,8 @@ from ttt_megatron.training.callbacks.metrics_log import METRICS_FILE, read_metri
 
 if TYPE_CHECKING:
     from ttt_megatron.training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
 
 LOSS_PLOT = "loss.png"
 _CURVES = {
@@ -29,7 +32,10 @@ class LossPlot(Callback):
     def on_end(self, trainer: Trainer) -> None:
         """Draws the curve over all steps so far."""
         rows = read_metrics(self._output / METRICS_FILE)
-        draw_losses(rows, self._output / LOSS_PLOT, trainer.config.name)
+        try:
+            draw_losses(rows, self._output / LOSS_PLOT, trainer.config.name)
+        except OSError as error:
+            logger.warning("%s could not be drawn: %s", self._output / LOSS_PLOT, error)
 
 
 def draw_losses(rows: list[dict[str, Any]], path: Path, title: str) -> None:

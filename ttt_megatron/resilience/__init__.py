@@ -1,0 +1,1 @@
+"""What befalls a run, written down, and starting it again. Knows no torch."""
