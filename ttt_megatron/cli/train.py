@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 from ttt_megatron.config import RunConfig, load_recipe
+from ttt_megatron.config.elastic import fit_to_world
 from ttt_megatron.errors import UserError
 from ttt_megatron.parallel.launcher import WorkerError, launch, naming_rank, under_torchrun
 from ttt_megatron.resilience.events import (
@@ -30,6 +31,8 @@ EPILOG = """examples:
   ttt-megatron train recipes/quickstart.yaml parallel.tensor=2   two that share every matrix
   ttt-megatron train recipes/quickstart.yaml parallel.context=2  two that share every sequence
   ttt-megatron train recipes/quickstart.yaml --max-restarts 3    started again if it crashes
+  torchrun --nnodes 2:4 --nproc-per-node 8 -m ttt_megatron.cli.main train RECIPE \
+    parallel.elastic=true                                        on the nodes that there are
   torchrun --nproc-per-node 2 -m ttt_megatron.cli.main train recipes/quickstart.yaml parallel.data=2
 
 The same command again goes on from the newest checkpoint in training.output. SIGTERM or Ctrl-C
@@ -108,6 +111,8 @@ def _supervise(args: argparse.Namespace, output: Path) -> int:
 def _train(args: argparse.Namespace, config: RunConfig) -> int:
     end_with_supervisor()
     refuse_hopeless(Path(config.training.output))
+    if under_torchrun() and config.parallel.elastic:
+        config = fit_to_world(config, int(os.environ["WORLD_SIZE"]))
     # torch takes seconds to import: not before the recipe is known to be good.
     from ttt_megatron.training.preflight import check_start, resolve_run
 

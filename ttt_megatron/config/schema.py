@@ -188,6 +188,11 @@ class ParallelConfig:
         "Stages each pipeline process holds and takes in turn (interleaved 1F1B), for shorter "
         "waits at more transfers.",
     )
+    elastic: bool = setting(
+        False,
+        "Under torchrun: as many data-parallel processes as its number gives, whatever "
+        "parallel.data says, and a smaller micro-batch where that is needed to share the batch.",
+    )
     overlap_grad_reduce: bool = setting(
         False, "Reduce gradients while the backward pass still runs."
     )

@@ -4,6 +4,7 @@ import fcntl
 import logging
 import os
 import random
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -204,5 +205,6 @@ def _result(trainer: Trainer) -> TrainingResult:
         checkpoint=str(trainer.checkpoint) if trainer.checkpoint else None,
         tracking_store=tracking_uri(config.tracking, output) if tracked else None,
         tracking_run=trainer.tracking_run,
-        stop_signal=None if trainer.finished else trainer.stop_signal,
+        # Perhaps another rank's, which this one was only told of.
+        stop_signal=None if trainer.finished else trainer.stop_signal or signal.SIGTERM,
     )

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import socket
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 from ttt_megatron.parallel.accounts import WorkerError, leave_account
 from ttt_megatron.resilience.events import Event, record_event
@@ -38,7 +40,7 @@ class HungError(WorkerError):
 class Watchdog(Callback):
     """Ends this process when nothing is finished for `limit` seconds, and writes its stacks.
 
-    They are in `output/stacks/rank-N.txt`, all threads'. Starts with the first step: what comes
+    They are in `output/stacks`, of all threads. Starts with the first step: what comes
     before has time limits of its own. Time during which the whole process was suspended, as a
     batch system may do, does not count.
     """
@@ -51,17 +53,15 @@ class Watchdog(Callback):
         self._step = 0
         self._world = 1
         self._began = 0.0
-        self._file: IO[str] | None = None
+        self._rank = 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def on_start(self, trainer: Trainer) -> None:
         """Begins to watch."""
         groups = trainer.parts.groups
-        self._world = groups.world_size
+        self._rank, self._world = groups.rank, groups.world_size
         self._began = time.time()
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self._file = self._path(groups.rank).open("w", encoding="utf-8")
         self.on_alive(trainer)
         self._thread.start()
 
@@ -87,12 +87,6 @@ class Watchdog(Callback):
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join()
-        if self._file is not None:
-            self._file.close()
-            self._path(trainer.parts.groups.rank).unlink(missing_ok=True)
-
-    def _path(self, rank: int) -> Path:
-        return self._folder / f"rank-{rank}.txt"
 
     def _watch(self) -> None:
         pause = min(self._limit / _LOOKS_A_LIMIT, _LONGEST_PAUSE)
@@ -107,13 +101,8 @@ class Watchdog(Callback):
                 self._end(waited)
 
     def _end(self, waited: float) -> None:
-        assert self._file is not None
-        self._file.write(
-            f"{time.strftime('%Y-%m-%d %H:%M:%S')}  process {os.getpid()}: nothing finished for "
-            f"{waited:.0f} s after step {self._step}\n"
-        )
-        self._file.flush()
-        faulthandler.dump_traceback(self._file, all_threads=True)
+        with suppress(OSError):
+            self._write_stacks(waited)
         if self._stop.wait(_GRACE_SECONDS):
             return
         message = self._message(waited)
@@ -121,6 +110,17 @@ class Watchdog(Callback):
         leave_account(HungError(message))
         sys.stderr.flush()
         os._exit(_EXIT_HUNG)
+
+    def _write_stacks(self, waited: float) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        path = self._folder / f"rank-{self._rank}-{time.strftime('%Y%m%d-%H%M%S')}.txt"
+        with path.open("w", encoding="utf-8") as file:
+            file.write(
+                f"process {os.getpid()} on {socket.gethostname()}: nothing finished for "
+                f"{waited:.0f} s after step {self._step}\n"
+            )
+            file.flush()
+            faulthandler.dump_traceback(file, all_threads=True)
 
     def _message(self, waited: float) -> str:
         silent = [rank for rank in range(self._world) if not self._has_written(rank)]
@@ -135,8 +135,5 @@ class Watchdog(Callback):
         )
 
     def _has_written(self, rank: int) -> bool:
-        try:
-            status = self._path(rank).stat()
-        except OSError:
-            return False
-        return status.st_size > 0 and status.st_mtime >= self._began
+        paths = self._folder.glob(f"rank-{rank}-*.txt")
+        return any(path.stat().st_mtime >= self._began for path in paths)
