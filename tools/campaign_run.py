@@ -22,7 +22,7 @@ from ttt_megatron.training.weights import read_weights
 
 STEPS = 40
 SAVE_INTERVAL = 5
-HANG_SECONDS = 8.0
+HANG_SECONDS = 15.0
 _RANKS = 4
 LAYOUTS = {
     "data 4": ("parallel.data=4",),

@@ -40,7 +40,6 @@ def _config(data: Path, output: Path, **changes: object) -> RunConfig:
         "training__precision": "fp64",
         "training__log_interval": 2,
         "parallel__data": 2,
-        "faults__hang_minutes": 0.1,
     }
     return small_run(data, output, **(settings | changes))
 
@@ -112,17 +111,18 @@ def test_a_hung_collective_is_told_with_stacks_and_started_again(
     data: Path, whole: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "run"
-    process = _train(_config(data, output), tmp_path, "--max-restarts", "1")
+    config = _config(data, output, faults__hang_minutes=0.2)
+    process = _train(config, tmp_path, "--max-restarts", "1")
     _until(process, output, 12)
     _rank(_launcher(process), 1).suspend()
     told, _ = process.communicate(timeout=300)
     assert process.returncode == 0, told
-    assert "nothing finished for 6 s after step" in told
+    assert "nothing finished for 12 s after step" in told
     assert "rank 1 wrote nothing and may be stopped or gone" in told
     [stacks] = (output / "stacks").iterdir()
     assert stacks.name.startswith("rank-0-")
     text = stacks.read_text()
-    assert "nothing finished for 6 s" in text
+    assert "nothing finished for 12 s" in text
     assert "distributed_c10d.py" in text
     assert [event.rank for event in read_events(output) if event.kind == "hung"] == [0]
     _same(output, whole)
