@@ -103,7 +103,8 @@ def test_a_killed_process_is_started_again(
     _same(output, whole)
     kinds = [event.kind for event in read_events(output)]
     assert kinds[0] == "started"
-    assert kinds[-2:] == ["resumed", "finished"]
+    assert kinds.index("resumed") > kinds.index("restarting")
+    assert kinds[-1] == "finished"
     assert "restarting" in kinds
 
 
