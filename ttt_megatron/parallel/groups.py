@@ -190,6 +190,8 @@ def layout(device: torch.device, parallel: ParallelConfig | None = None) -> Iter
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=turns if turns > 1 else None,
         distributed_timeout_minutes=parallel.timeout_minutes,
+        # A simulated world has none, of gloo or otherwise.
+        create_gloo_process_groups=dist.get_backend() != "fake",
     )
     try:
         yield Groups(
