@@ -17,10 +17,14 @@ EPILOG = """examples:
   ttt-megatron train recipes/quickstart.yaml parallel.data=2     two processes on this machine
   ttt-megatron train recipes/quickstart.yaml parallel.tensor=2   two that share every matrix
   ttt-megatron train recipes/quickstart.yaml parallel.context=2  two that share every sequence
+  ttt-megatron train recipes/3b/extend-e2e-128k.yaml --simulate-world 128    nothing is trained
   torchrun --nproc-per-node 2 -m ttt_megatron.cli.main train recipes/quickstart.yaml parallel.data=2
 
 The same command again goes on from the newest checkpoint in training.output. SIGTERM or Ctrl-C
-ends a run after its current step, with a checkpoint; the exit status is then 128 + the signal."""
+ends a run after its current step, with a checkpoint; the exit status is then 128 + the signal.
+
+--simulate-world N lays the recipe out on N GPUs as its own parallel section says, or layouts.yaml
+beside it, or `ttt-megatron plan`, and tells in seconds what would fail there."""
 
 EXIT_WORKER_FAILED = 1
 EXIT_SIGNAL_BASE = 128
@@ -37,12 +41,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="start over; a run already in training.output is moved to previous-N inside it",
     )
+    parser.add_argument(
+        "--simulate-world",
+        type=int,
+        metavar="N",
+        help="train nothing; say what a run on N GPUs would build, hold and send, or why it fails",
+    )
+    parser.add_argument(
+        "--gpu", default="h100", help="kind of GPU of a simulated run (default: h100)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Trains; raises UserError for whatever the user can fix."""
+    if args.simulate_world is not None:
+        return _simulate(args)
     with naming_rank():
         return _train(args)
+
+
+def _simulate(args: argparse.Namespace) -> int:
+    from ttt_megatron.planning.hardware import find_hardware
+
+    hardware = find_hardware(args.gpu)
+    load_recipe(args.recipe, args.overrides)  # before torch is imported, as below
+    from ttt_megatron.simulation.report import report
+    from ttt_megatron.simulation.simulate import simulate_run
+
+    print(report(simulate_run(args.recipe, args.overrides, args.simulate_world, hardware)))
+    return 0
 
 
 def _train(args: argparse.Namespace) -> int:

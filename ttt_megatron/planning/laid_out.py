@@ -64,7 +64,7 @@ def lay_out(recipe: str | Path, overrides: Sequence[str], gpus: int, hardware: H
         settings = [*chosen.overrides, *given]
         return LaidOut(config=load_recipe(path, settings), settings=settings, source=source)
     found = choose_layout(config, hardware, gpus).estimate.layout.overrides()
-    settings = [*given, *found]
+    settings = [*found, *given]
     return LaidOut(config=load_recipe(path, settings), settings=settings, source="the plan")
 
 
