@@ -100,9 +100,7 @@ def _with_what_is_here(config: RunConfig) -> tuple[RunConfig, list[str]]:
         if Path(start).exists():
             resolve_checkpoint(Path(start))
         else:
-            unchecked.append(
-                f"training.init_from: there is no {start} here, so its shapes are open"
-            )
+            unchecked.append(f"weights: there is no {start} here, so their shapes are open")
     if not torch.cuda.is_available():
         unchecked.append("what needs CUDA: kernels, fused AdamW and norms, float8 products")
     return with_vocabulary(config, tokens), unchecked
