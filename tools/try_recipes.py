@@ -31,7 +31,7 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 STEPS = 2
 _NO_RUNS = ("base.yaml", LAYOUTS_FILE)
 _CHUNK = 8
-_TOKENS = 257
+TOKENS = 257
 _KEPT_OF_LAYOUTS = ("inner.memory_policy", "inner.two_level", "training.recompute_prefix")
 
 
@@ -82,7 +82,7 @@ def small(path: Path, folder: Path) -> RunConfig:
     suffix = layers if everywhere else min(model.num_suffix_layers, 1)
     chunks = min(16, max(2, config.data.sequence_length // config.inner.chunk_size // 4))
     settings = {
-        "model.vocab_size": _TOKENS,
+        "model.vocab_size": TOKENS,
         "model.num_layers": layers,
         "model.num_suffix_layers": suffix,
         "model.hidden_size": 32,

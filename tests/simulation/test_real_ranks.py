@@ -11,7 +11,7 @@ from ttt_megatron.config.schema import DataConfig, InnerConfig, TrainingConfig
 from ttt_megatron.data.stream import rank_rows
 from ttt_megatron.parallel.groups import process_groups
 from ttt_megatron.simulation.data_split import split_data
-from ttt_megatron.simulation.model_parts import build_parts, check_parts
+from ttt_megatron.simulation.model_parts import build_parts, join_parts
 from ttt_megatron.simulation.world import Place, build_world
 from ttt_megatron.training.run import build_learners
 
@@ -64,7 +64,7 @@ def test_places_shapes_and_rows_are_those_of_four_processes():
     for config, ranks in zip(configs, launch(_ranks, (configs,), 4), strict=True):
         world = build_world(config.parallel)
         parts = build_parts(config, 4, world, torch.device("cpu"))
-        check_parts(config, parts)
+        join_parts(config, parts)
         split = split_data(config, world)
         for rank, (place, shapes, rows, own) in enumerate(ranks):
             assert place == world.places[rank]
@@ -79,10 +79,10 @@ def test_places_shapes_and_rows_are_those_of_four_processes():
 def test_parts_that_do_not_make_the_model_are_told():
     config = replace(CONFIG, parallel=ParallelConfig(pipeline=2, data=2))
     parts = build_parts(config, 4, build_world(config.parallel), torch.device("cpu"))
-    check_parts(config, parts)
+    join_parts(config, parts)
     first, last = parts
     less = dict(list(last.shapes.items())[:-1])
     with pytest.raises(RuntimeError, match="parameters of"):
-        check_parts(config, [first, replace(last, shapes=less)])
+        join_parts(config, [first, replace(last, shapes=less)])
     with pytest.raises(RuntimeError, match="of another stage"):
-        check_parts(config, [first, replace(last, shapes=last.shapes | first.shapes)])
+        join_parts(config, [first, replace(last, shapes=last.shapes | first.shapes)])

@@ -61,12 +61,13 @@ def build_parts(
     return parts
 
 
-def check_parts(config: RunConfig, parts: list[ModelPart]) -> None:
-    """Raises RuntimeError unless the parts make the model once: a closed form says how large.
+def join_parts(config: RunConfig, parts: list[ModelPart]) -> dict[str, torch.Size]:
+    """The whole parameters' shapes by name.
 
-    A tied embedding is on the first and on the last stage.
+    A tied embedding is on the first and on the last stage. Raises RuntimeError unless the parts
+    make the model once: a closed form says how large.
     """
-    whole: dict[str, int] = {}
+    whole: dict[str, torch.Size] = {}
     for pipeline in range(config.parallel.pipeline):
         row = [part for part in parts if part.pipeline == pipeline]
         shapes = {
@@ -79,7 +80,9 @@ def check_parts(config: RunConfig, parts: list[ModelPart]) -> None:
         twice = shapes.keys() & whole.keys()
         if twice - {"model.embedding.weight"}:
             raise RuntimeError(f"stage {pipeline} holds {min(twice)} of another stage")
-        whole |= {name: shape.numel() for name, shape in shapes.items()}
+        whole |= shapes
     wanted = count_with_mixers(config.model).total
-    if sum(whole.values()) != wanted:
-        raise RuntimeError(f"all parts make {sum(whole.values()):,} parameters of {wanted:,}")
+    total = sum(shape.numel() for shape in whole.values())
+    if total != wanted:
+        raise RuntimeError(f"all parts make {total:,} parameters of {wanted:,}")
+    return whole

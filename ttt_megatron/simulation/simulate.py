@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from ttt_megatron.config import load_recipe
 from ttt_megatron.config.schema import RunConfig
 from ttt_megatron.errors import UserError
 from ttt_megatron.planning.estimate import Estimate, Estimator
@@ -20,12 +21,13 @@ from ttt_megatron.planning.mixers import knows_mixers
 from ttt_megatron.planning.units import in_float8
 from ttt_megatron.simulation.data_split import DataSplit, split_data
 from ttt_megatron.simulation.messages import check_messages
-from ttt_megatron.simulation.model_parts import ModelPart, build_parts, check_parts
+from ttt_megatron.simulation.model_parts import ModelPart, build_parts, join_parts
+from ttt_megatron.simulation.what_is_here import WhatIsHere
 from ttt_megatron.simulation.world import World, build_world
-from ttt_megatron.training.checkpoint_folder import resolve_checkpoint
-from ttt_megatron.training.preflight import check_data, with_vocabulary
+from ttt_megatron.training.preflight import with_vocabulary
 
 _MOMENTS = 2
+_MUCH_WAITING = 0.25
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,13 +64,14 @@ def simulate_run(
     """
     if gpus < 1:
         raise UserError(f"--simulate-world {gpus}: give a number of at least 1")
-    laid_out = lay_out(recipe, overrides, gpus, hardware)
-    config, unchecked = _with_what_is_here(laid_out.config)
+    here = WhatIsHere.of(load_recipe(recipe, overrides))
+    laid_out = lay_out(recipe, [*overrides, *here.vocabulary], gpus, hardware)
+    config = with_vocabulary(laid_out.config, here.tokens)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     obstacle = problem(config, recipe_layout(config), hardware.gpus_per_node)
     world = build_world(config.parallel)
     parts = build_parts(config, gpus, world, device)
-    check_parts(config, parts)
+    here.check_starts(config, join_parts(config, parts))
     data = split_data(config, world)
     messages = check_messages(config, world, device)
     estimate = _estimate(config, hardware) if obstacle is None else None
@@ -82,28 +85,9 @@ def simulate_run(
         data=data,
         messages=messages,
         estimate=estimate,
-        warnings=list(_warnings(config, hardware, obstacle)),
-        unchecked=unchecked,
+        warnings=list(_warnings(config, estimate, obstacle)),
+        unchecked=here.unchecked,
     )
-
-
-def _with_what_is_here(config: RunConfig) -> tuple[RunConfig, list[str]]:
-    """The run with its vocabulary; data and weights that are here are checked, others named."""
-    unchecked, tokens = [], None
-    if config.data.path and Path(config.data.path).exists():
-        tokens = check_data(config)
-    else:
-        there = config.data.path or "data.path, which is empty"
-        unchecked.append(f"data: there is no {there} here, so its length and vocabulary are open")
-    start = config.training.init_from
-    if start is not None:
-        if Path(start).exists():
-            resolve_checkpoint(Path(start))
-        else:
-            unchecked.append(f"weights: there is no {start} here, so their shapes are open")
-    if not torch.cuda.is_available():
-        unchecked.append("what needs CUDA: kernels, fused AdamW and norms, float8 products")
-    return with_vocabulary(config, tokens), unchecked
 
 
 def _estimate(config: RunConfig, hardware: Hardware) -> Estimate | None:
@@ -155,7 +139,7 @@ def _state_bytes(config: RunConfig, part: ModelPart) -> tuple[int, int]:
     return held + gradients, -(-_MOMENTS * held // copies)
 
 
-def _warnings(config: RunConfig, hardware: Hardware, obstacle: str | None) -> Iterator[str]:
+def _warnings(config: RunConfig, estimate: Estimate | None, obstacle: str | None) -> Iterator[str]:
     """What trains and is perhaps not meant."""
     if obstacle is not None:
         yield f"{obstacle}: memory and time are not estimated"
@@ -166,5 +150,8 @@ def _warnings(config: RunConfig, hardware: Hardware, obstacle: str | None) -> It
             f"model.mixers = {config.model.mixers} is not planned: memory beside parameters, "
             "gradients and optimizer state, and time, are not estimated"
         )
-    if config.parallel.tensor > hardware.gpus_per_node:
-        yield f"tensor groups of {config.parallel.tensor} reach over nodes"
+    if estimate is not None and estimate.chosen.bubble > _MUCH_WAITING:
+        yield (
+            f"GPUs wait for each other {estimate.chosen.bubble:.0%} of a step: more micro-batches, "
+            "fewer stages or context-parallel ranks would leave them less to wait for"
+        )
