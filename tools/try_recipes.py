@@ -96,6 +96,7 @@ def small(path: Path, folder: Path) -> RunConfig:
         "inner.chunk_size": _CHUNK,
         "data.path": folder / "data",
         "data.sequence_length": chunks * _CHUNK,
+        "parallel.data": 1,
         "training.steps": STEPS,
         "training.global_batch_size": 2,
         "training.micro_batch_size": 1,

@@ -9,7 +9,7 @@ from ranks import launch
 from ttt_megatron.config import ModelConfig, ParallelConfig, RunConfig
 from ttt_megatron.config.schema import DataConfig, InnerConfig, TrainingConfig
 from ttt_megatron.data.stream import rank_rows
-from ttt_megatron.parallel.groups import process_groups
+from ttt_megatron.parallel.groups import layout, processes
 from ttt_megatron.simulation.data_split import split_data
 from ttt_megatron.simulation.model_parts import build_parts, join_parts
 from ttt_megatron.simulation.world import Place, build_world
@@ -37,24 +37,27 @@ LAYOUTS = [
 ]
 
 
+def _own(config, groups):
+    learners = build_learners(config, groups)
+    shapes = {n: p.shape for one in learners for n, p in one.named_parameters()}
+    place = Place(
+        rank=groups.rank,
+        tensor=groups.tensor_rank,
+        context=groups.context_rank,
+        data=groups.data_rank,
+        pipeline=groups.pipeline_rank,
+    )
+    rows = rank_rows(0, config.training.global_batch_size, groups.data_rank, groups.data_size)
+    return place, shapes, list(rows), groups.links.own_parts if groups.links else [0]
+
+
 def _ranks(configs):
     """Of every layout and rank: where it stands, its parameters' shapes, the rows and parts."""
     found = []
-    for config in configs:
-        with process_groups("cpu", config.parallel) as groups:
-            learners = build_learners(config, groups)
-            shapes = {n: p.shape for one in learners for n, p in one.named_parameters()}
-            place = Place(
-                rank=groups.rank,
-                tensor=groups.tensor_rank,
-                context=groups.context_rank,
-                data=groups.data_rank,
-                pipeline=groups.pipeline_rank,
-            )
-            batch = config.training.global_batch_size
-            rows = rank_rows(0, batch, groups.data_rank, groups.data_size)
-            parts = groups.links.own_parts if groups.links else [0]
-            found.append(groups.gather_objects((place, shapes, list(rows), parts)))
+    with processes("cpu") as device:
+        for config in configs:
+            with layout(device, config.parallel) as groups:
+                found.append(groups.gather_objects(_own(config, groups)))
     return found
 
 

@@ -12,6 +12,7 @@ HANDFUL = (
     "1b/pretrain-hybrid-8k",
     "8b/pretrain-ttt_kvb-8k",
     "3b/pretrain-e2e_all-8k",
+    "demo/stage1",
 )
 
 

@@ -38,14 +38,18 @@ def choose_layout(config: RunConfig, hardware: Hardware, gpus: int) -> Choice:
     as_planned, note = config, None
     if not known:
         as_planned = replace(config, model=replace(config.model, mixers="attention"))
-        note = f"{config.model.mixers} is not planned: chosen as for windowed attention"
+        note = f"{config.model.mixers} is not planned: as for windowed attention of its shape"
     cuttable = set(config.model.mixer_kinds) <= set(ATTENTION_MIXERS)
 
     def allowed(layout: Layout) -> bool:
         return known or (layout.context == 1 and (cuttable or layout.tensor == 1))
 
+    try:
+        best = make_plan(as_planned, hardware, gpus, _TRIED, allowed).best
+    except UserError as error:
+        raise UserError(f"{error} ({note})" if note else str(error)) from None
     refused = ""
-    for estimate in make_plan(as_planned, hardware, gpus, _TRIED, allowed).best:
+    for estimate in best:
         made = with_layout(config, estimate.layout)
         try:
             validate(made, config.name)
