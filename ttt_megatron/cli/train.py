@@ -31,6 +31,7 @@ EPILOG = """examples:
   ttt-megatron train recipes/quickstart.yaml parallel.tensor=2   two that share every matrix
   ttt-megatron train recipes/quickstart.yaml parallel.context=2  two that share every sequence
   ttt-megatron train recipes/quickstart.yaml --max-restarts 3    started again if it crashes
+  ttt-megatron train recipes/3b/extend-e2e-128k.yaml --simulate-world 128    nothing is trained
   torchrun --nnodes 2:4 --nproc-per-node 8 -m ttt_megatron.cli.main train RECIPE \
     parallel.elastic=true                                        on the nodes that there are
   torchrun --nproc-per-node 2 -m ttt_megatron.cli.main train recipes/quickstart.yaml parallel.data=2
@@ -38,7 +39,10 @@ EPILOG = """examples:
 The same command again goes on from the newest checkpoint in training.output. SIGTERM or Ctrl-C
 ends a run after its current step, with a checkpoint; the exit status is then 128 + the signal. It
 is 2 after an error that you can fix, and that trying again does not, and 1 after any other. What
-befell a run is in events.jsonl of training.output."""
+befell a run is in events.jsonl of training.output.
+
+--simulate-world N lays the recipe out on N GPUs as its own parallel section says, or layouts.yaml
+beside it, or `ttt-megatron plan`, and tells in seconds what would fail there."""
 
 EXIT_WORKER_FAILED = 1
 EXIT_USER_ERROR = 2
@@ -71,12 +75,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="before the first restart; doubles from one to the next (default: %(default)s)",
     )
+    parser.add_argument(
+        "--simulate-world",
+        type=int,
+        metavar="N",
+        help="train nothing; say what a run on N GPUs would build, hold and send, or why it fails",
+    )
+    parser.add_argument(
+        "--gpu", default="h100", help="kind of GPU of a simulated run (default: h100)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Trains; raises UserError for whatever the user can fix."""
     if args.max_restarts < 0:
         raise UserError(f"--max-restarts {args.max_restarts} must not be negative")
+    if args.simulate_world is not None:
+        return _simulate(args)
     with naming_rank():
         config = load_recipe(args.recipe, args.overrides)
         if args.max_restarts and not under_torchrun():
@@ -113,6 +128,18 @@ def _train(args: argparse.Namespace, config: RunConfig) -> int:
     refuse_hopeless(Path(config.training.output))
     if under_torchrun() and config.parallel.elastic:
         config = fit_to_world(config, int(os.environ["WORLD_SIZE"]))
+def _simulate(args: argparse.Namespace) -> int:
+    from ttt_megatron.planning.hardware import find_hardware
+
+    hardware = find_hardware(args.gpu)
+    load_recipe(args.recipe, args.overrides)  # before torch is imported, as below
+    from ttt_megatron.simulation.report import report
+    from ttt_megatron.simulation.simulate import simulate_run
+
+    print(report(simulate_run(args.recipe, args.overrides, args.simulate_world, hardware)))
+    return 0
+
+
     # torch takes seconds to import: not before the recipe is known to be good.
     from ttt_megatron.training.preflight import check_start, resolve_run
 
