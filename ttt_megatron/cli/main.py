@@ -15,6 +15,10 @@ from ttt_megatron.errors import UserError
 COMMANDS = {
     "prepare": ("ttt_megatron.cli.prepare", "Tokenise text into the shards that runs read."),
     "train": ("ttt_megatron.cli.train", "Train a model, or go on where a run stopped."),
+    "submit": ("ttt_megatron.cli.submit", "Train recipes as jobs of a Slurm cluster."),
+    "status": ("ttt_megatron.cli.status", "Show how far submitted jobs are."),
+    "logs": ("ttt_megatron.cli.logs", "Show or follow a job's log."),
+    "cancel": ("ttt_megatron.cli.cancel", "Cancel jobs, and those that wait for them."),
     "evaluate": (
         "ttt_megatron.cli.evaluate",
         "Measure losses by position and context, needles, leakage.",

@@ -3,8 +3,18 @@
 import argparse
 import gc
 import os
+import signal
 import sys
+from pathlib import Path
 
+from ttt_megatron.cluster.outcome import (
+    FINISHED,
+    REFUSED,
+    STOPPED,
+    read_outcome,
+    telling_outcome,
+    write_outcome,
+)
 from ttt_megatron.config import RunConfig, load_recipe
 from ttt_megatron.parallel.launcher import WorkerError, launch, naming_rank, under_torchrun
 from ttt_megatron.training.result import TrainingResult
@@ -20,10 +30,13 @@ EPILOG = """examples:
   torchrun --nproc-per-node 2 -m ttt_megatron.cli.main train recipes/quickstart.yaml parallel.data=2
 
 The same command again goes on from the newest checkpoint in training.output. SIGTERM or Ctrl-C
-ends a run after its current step, with a checkpoint; the exit status is then 128 + the signal."""
+ends a run after its current step, with a checkpoint; the exit status is then 128 + the signal. On a
+cluster, `ttt-megatron submit` starts it, and starts it again (docs/cluster.md)."""
 
 EXIT_WORKER_FAILED = 1
+EXIT_REFUSED = 2
 EXIT_SIGNAL_BASE = 128
+_STOPPED = (EXIT_SIGNAL_BASE + signal.SIGTERM, EXIT_SIGNAL_BASE + signal.SIGINT)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,11 +51,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="start over; a run already in training.output is moved to previous-N inside it",
     )
 
+    parser.add_argument(
+        "--outcome",
+        type=Path,
+        metavar="FILE",
+        help="for job scripts: write how the run ended here (finished, stopped or refused)",
+    )
+
 
 def run(args: argparse.Namespace) -> int:
     """Trains; raises UserError for whatever the user can fix."""
-    with naming_rank():
-        return _train(args)
+    if args.outcome is None:
+        with naming_rank():
+            return _train(args)
+    if (told := read_outcome(args.outcome)) is not None and told.ended == REFUSED:
+        # Torchrun starts the ranks again after any error, and this one would come back.
+        return EXIT_REFUSED
+    with telling_outcome(args.outcome):
+        with naming_rank():
+            status = _train(args)
+        if os.environ.get("RANK", "0") == "0" and status in (0, *_STOPPED):
+            write_outcome(args.outcome, FINISHED if status == 0 else STOPPED)
+    return status
 
 
 def _train(args: argparse.Namespace) -> int:

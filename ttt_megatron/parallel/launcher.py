@@ -51,7 +51,7 @@ def naming_rank() -> Iterator[None]:
         yield
     except UserError as error:
         if under_torchrun() and int(os.environ["WORLD_SIZE"]) > 1:
-            raise UserError(f"rank {os.environ['RANK']}: {error}") from error
+            raise type(error)(f"rank {os.environ['RANK']}: {error}") from error
         raise
 
 

@@ -18,7 +18,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from ttt_megatron.config import to_yaml
 from ttt_megatron.config.schema import RunConfig
 from ttt_megatron.data.tokenizer import META_FILE, TOKENIZER_FILE
-from ttt_megatron.errors import UserError
+from ttt_megatron.errors import PassingError, UserError
 from ttt_megatron.parallel.standins import megatron_scope
 from ttt_megatron.training.background_write import BackgroundWrite, expect_results
 from ttt_megatron.training.checkpoint import RunParts, state_to_save
@@ -160,7 +160,7 @@ class Saver:
             raise self._failure(final, f"rank 0: {error}")
 
     def _failure(self, final: Path, causes: str) -> UserError:
-        return UserError(
+        return PassingError(
             f"{final} could not be written ({causes}): see that {self._folder} has room and can "
             f"be written by every rank; the same command then goes on from the checkpoint before"
         )
