@@ -70,18 +70,18 @@ def run(args: argparse.Namespace) -> int:
     for job in after:
         if not job.replace("_", "", 1).isdigit():
             raise UserError(f"--after {job}: give the number of a job, as `submit` printed it")
-    chain = [(args.recipe, overrides), *((words[0], words[1:]) for words in args.then)]
+    chain = [(args.recipe, overrides), *((then[0], then[1:]) for then in args.then)]
     stages = make_stages(chain, args.nodes, profile)
     if args.dry_run:
         for number, stage in enumerate(stages, 1):
-            waits = [f"JOB_OF_STAGE_{number - 1}"] if number > 1 else after
-            print(f"# ---- stage {number} of {len(stages)}: {sbatch_line(waits)}")
+            before = [f"JOB_OF_STAGE_{number - 1}"] if number > 1 else after
+            print(f"# ---- stage {number} of {len(stages)}: {sbatch_line(before)}")
             print(script_of(stage, profile), end="")
         return 0
     from ttt_megatron.cluster.starts import jobs_to_wait_for
 
-    for stage in stages:
-        _check_data(stage, profile)
+    for one in stages:
+        _check_data(one, profile)
     records = submit_stages(stages, profile, jobs_to_wait_for(stages, after))
     for stage, record in zip(stages, records, strict=True):
         waits = f" after {', '.join(record.after)}" if record.after else ""
