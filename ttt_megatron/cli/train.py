@@ -1,6 +1,7 @@
 """`ttt-megatron train`: train a model, or go on where a run stopped."""
 
 import argparse
+import atexit
 import gc
 import os
 import signal
@@ -108,5 +109,7 @@ def _work(config: RunConfig, fresh: bool) -> TrainingResult:
     from ttt_megatron.training.run import train_worker
 
     gc.freeze()
+    # At the end of a rank that torchrun started, nanobind would call all of it leaked.
+    atexit.register(gc.unfreeze)
     gc.enable()
     return train_worker(config, fresh)

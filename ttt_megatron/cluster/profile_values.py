@@ -12,7 +12,7 @@ _WORDS: dict[Any, str] = {
     int: "an integer",
     str: "text (in quotes, if it looks like a number)",
     list[str]: "a list of texts",
-    dict[str, str]: "`NAME: text` pairs (numbers in quotes)",
+    dict[str, str]: "`NAME: text` pairs",
 }
 
 
@@ -34,6 +34,7 @@ def check_fields(
 ) -> dict[str, Any]:
     """The values, each of its field's type; UserError naming key and value for one that is not."""
     hints = get_type_hints(cls)
+    found: dict[str, Any] = {}
     for name, value in values.items():
         hint = hints[name]
         optional = get_origin(hint) in (Union, types.UnionType)
@@ -41,14 +42,30 @@ def check_fields(
         if not ((optional and value is None) or _is(value, kind)):
             words = _WORDS[kind] + (" or null" if optional else "")
             raise UserError(f"{source}: {prefix}{name} must be {words}, not {value!r}")
-    return dict(values)
+        found[name] = _variables(value, f"{source}: {name}") if kind == dict[str, str] else value
+        if any("\n" in text for text in _texts(value)):
+            raise UserError(f"{source}: {prefix}{name} holds the end of a line; write one line")
+    return found
+
+
+def _variables(values: Mapping[str, Any], source: str) -> dict[str, str]:
+    for name in values:
+        if not name.isidentifier():
+            raise UserError(f"{source}: {name!r} is no name of a variable")
+    return {name: str(value) for name, value in values.items()}
+
+
+def _texts(value: Any) -> list[str]:
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [one for one in (value if isinstance(value, list) else [value]) if isinstance(one, str)]
 
 
 def _is(value: Any, kind: Any) -> bool:
     if kind == list[str]:
         return isinstance(value, list) and all(isinstance(one, str) for one in value)
     if kind == dict[str, str]:
-        return isinstance(value, dict) and all(isinstance(one, str) for one in value.values())
+        return isinstance(value, dict) and all(type(one) in (str, int) for one in value.values())
     if dataclasses.is_dataclass(kind):
         return isinstance(value, kind)  # type: ignore[arg-type]
     return type(value) is kind
