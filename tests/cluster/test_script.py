@@ -41,14 +41,16 @@ def _checked(text: str, folder: Path) -> str:
     subprocess.run(["bash", "-n", str(path)], check=True)
     if shutil.which("shellcheck"):
         found = subprocess.run(
-            ["shellcheck", str(path)], capture_output=True, text=True, check=False
+            ["shellcheck", "--exclude=SC2016", str(path)],
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert found.returncode == 0, found.stdout
     return text
 
 
-@pytest.mark.parametrize("name", ["default", "container", "cpu"])
-@pytest.mark.parametrize("nodes", [1, 16])
+@pytest.mark.parametrize(("name", "nodes"), [("default", 16), ("container", 1), ("cpu", 2)])
 def test_scripts_of_the_profiles_are_sound(name, nodes, tmp_path):
     profile = load_profile(name)
     job = _job(tmp_path, nodes=nodes, processes=profile.processes)

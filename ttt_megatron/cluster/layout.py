@@ -1,6 +1,7 @@
 """How a recipe is laid over the processes of a job, before anything is submitted."""
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,8 @@ class Question:
     config: RunConfig
     named: dict[str, Any]
     gpus: int
+    exact: bool
+    """Whether all of them must be used, as --nodes was given."""
     gpu: str
     """Kind of GPU, as `ttt-megatron plan` names it."""
 
@@ -61,13 +64,14 @@ def place(recipe: str, overrides: Sequence[str], nodes: int | None, profile: Pro
         raise UserError(f"--nodes {nodes}: give 1 or more")
     if any(key in named for key in _SIZES):
         return _as_named(recipe, overrides, named, nodes, profile)
-    nodes = nodes or 1
+    exact, nodes = nodes is not None, nodes or 1
     question = Question(
         recipe=Path(recipe),
         overrides=overrides,
         config=config,
         named=named,
         gpus=nodes * profile.processes,
+        exact=exact,
         gpu=profile.gpu,
     )
     for source in SOURCES:
@@ -76,11 +80,12 @@ def place(recipe: str, overrides: Sequence[str], nodes: int | None, profile: Pro
             break
     assert answer is not None
     chosen, origin = answer
+    # What the command says comes last, and wins.
+    config = load_recipe(recipe, [*chosen, *overrides])
     return Placement(
-        # What the command says comes last, and wins.
-        config=load_recipe(recipe, [*chosen, *overrides]),
+        config=config,
         nodes=nodes,
-        processes=profile.processes,
+        processes=config.parallel.world_size // nodes,
         overrides=chosen,
         origin=origin,
     )
@@ -132,13 +137,21 @@ def _planned(question: Question) -> Answer | None:
         return None
     if config.model.vocab_size is None or not knows_mixers(config.model):
         return None
-    plan = make_plan(config, find_hardware(question.gpu), question.gpus, top=1)
-    return plan.best[0].layout.overrides(), "as `ttt-megatron plan` advises"
+    plan = make_plan(config, find_hardware(question.gpu), question.gpus)
+    for found in plan.best:
+        chosen = found.layout.overrides()
+        # A plan knows nothing of settings such as training.cuda_graphs, which exclude some layouts.
+        with suppress(UserError):
+            load_recipe(question.recipe, [*chosen, *question.overrides])
+            return chosen, "as `ttt-megatron plan` advises"
+    return None
 
 
 def _data_parallel(question: Question) -> Answer:
     """A replica a process, with micro-batches of the recipe's size or the next that fits."""
     training, gpus = question.config.training, question.gpus
+    if not question.exact:
+        gpus = max(n for n in range(1, gpus + 1) if training.global_batch_size % n == 0)
     if training.global_batch_size % gpus:
         raise UserError(
             f"{question.recipe}: training.global_batch_size = {training.global_batch_size} is not "
