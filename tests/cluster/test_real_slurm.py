@@ -24,7 +24,7 @@ from ttt_megatron.training.weights import read_weights
 pytestmark = pytest.mark.slurm
 TOOL = Path(__file__).parents[2] / "tools" / "local_slurm.sh"
 PROGRAM = (sys.executable, "-m", "ttt_megatron.cli.main")
-PATIENCE = 420
+PATIENCE = 900
 
 
 @pytest.fixture(scope="module")
@@ -90,9 +90,17 @@ def _step(run: str) -> int:
     return max(found, default=0)
 
 
+def _asked(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
 def _state(job: str) -> str:
-    asked = ["squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T"]
-    return subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
+    return _asked("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T")
+
+
+def _wait_for_steps(run: str) -> None:
+    metrics = Path(run, "metrics.jsonl")
+    _wait("steps", lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 5)
 
 
 def _noted(run: str, job: str) -> str:
@@ -126,7 +134,7 @@ def test_a_chain_goes_on_whatever_happens_to_it(place: Path, data: Path) -> None
     status = {row["job_id"]: row for row in json.loads(_command("status", "--json"))}
     assert status[first]["slurm_state"] == "RUNNING"
     assert status[second]["state"] == "waiting (Dependency)"
-    subprocess.run(["scontrol", "requeue", first], check=True)
+    _asked("scontrol", "requeue", first)
     _wait("attempt 2", lambda: "attempt 2," in "\n".join(_told("runs/one", first)))
     before = _step("runs/one")
     _wait("a new checkpoint", lambda: _step("runs/one") > before)
@@ -134,7 +142,7 @@ def test_a_chain_goes_on_whatever_happens_to_it(place: Path, data: Path) -> None
         process
         for process in psutil.process_iter(["cmdline"])
         if f"{first}.2" in (process.info["cmdline"] or [])
-        and "torch.distributed.run" in process.info["cmdline"]
+        and "torch.distributed.run" in process.info["cmdline"][:3]
     )
     launcher.send_signal(signal.SIGKILL)
     _wait("stage 2", lambda: _noted("runs/two", second) == "finished")
@@ -154,14 +162,22 @@ def test_a_chain_goes_on_whatever_happens_to_it(place: Path, data: Path) -> None
 
 
 def test_a_job_saves_at_its_time_limit_and_goes_on(place: Path, data: Path) -> None:
-    write_recipe(place / "long.yaml", data, "runs/long", steps=400, save_interval=10_000)
-    write_profile(place / "short.yaml", time_limit="1", warning_seconds=35)
+    write_recipe(place / "long.yaml", data, "runs/long", steps=600, save_interval=10_000)
+    write_profile(place / "short.yaml", warning_seconds=90)
     (job,) = _jobs("long.yaml", profile="short.yaml")
+    _wait_for_steps("runs/long")
+    # From now on between one and two minutes are left, and the warning comes 90 seconds before.
+    minutes = int(_asked("squeue", "--noheader", f"--jobs={job}", "--format=%M").split(":")[-2])
+    _asked("scontrol", "update", f"jobid={job}", f"timelimit={minutes + 2}")
+    _wait("the end of attempt 1", lambda: "queued again" in "\n".join(_told("runs/long", job)))
+    _asked("scontrol", "update", f"jobid={job}", "timelimit=20")
+    saved = _step("runs/long")
+    assert 0 < saved < 600
     _wait("the end", lambda: _noted("runs/long", job) == "finished")
     told = "\n".join(_told("runs/long", job))
-    assert "asked to end" in told
-    assert ", as asked; queued again" in told
-    assert "finished: step 400" in told
+    assert "asked to end: the run saves after its current step" in told
+    assert f"stopped at step {saved}, as asked; queued again" in told
+    assert "finished: step 600" in told
     _undisturbed("long.yaml", "plain/long")
     _same_parameters("runs/long", "plain/long")
 
@@ -169,10 +185,9 @@ def test_a_job_saves_at_its_time_limit_and_goes_on(place: Path, data: Path) -> N
 def test_a_preempted_job_saves_and_goes_on(place: Path, data: Path) -> None:
     write_recipe(place / "low.yaml", data, "runs/low", steps=300, save_interval=10_000)
     (job,) = _jobs("low.yaml")
-    metrics = Path("runs/low/metrics.jsonl")
-    _wait("the first steps", lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 5)
+    _wait_for_steps("runs/low")
     words = ["--partition=urgent", "--nodes=2", "--ntasks-per-node=2", "--output=/dev/null"]
-    subprocess.run(["sbatch", *words, "--wrap", "sleep 5"], check=True)
+    _asked("sbatch", *words, "--wrap", "sleep 5")
     _wait("the end", lambda: _noted("runs/low", job) == "finished")
     told = "\n".join(_told("runs/low", job))
     assert "attempt 2, " in told
@@ -185,8 +200,7 @@ def test_a_cancelled_job_saves_and_takes_along_what_waits_for_it(place: Path, da
     write_recipe(place / "one.yaml", data, "runs/one", steps=100_000, save_interval=100_000)
     write_recipe(place / "two.yaml", data, "runs/two")
     first, second = _jobs("one.yaml", "--then", "two.yaml")
-    metrics = Path("runs/one/metrics.jsonl")
-    _wait("the first steps", lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 5)
+    _wait_for_steps("runs/one")
     printed = _command("cancel", first)
     assert f"job {first} (one): saves after its current step and ends" in printed
     assert f"job {second} (two): cancelled" in printed
@@ -207,15 +221,10 @@ def test_an_error_that_would_come_again_ends_the_job(place: Path, data: Path) ->
     _undisturbed("one.yaml", "runs/one")
     write_recipe(place / "one.yaml", data, "runs/one", steps=20)
     write_recipe(place / "two.yaml", data, "runs/two")
-    held = subprocess.run(
-        ["sbatch", "--parsable", "--hold", "--output=/dev/null", "--wrap", "true"],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.strip()
+    held = _asked("sbatch", "--parsable", "--hold", "--output=/dev/null", "--wrap", "true")
     first, second = _jobs("one.yaml", "--after", held, "--then", "two.yaml")
     write_recipe(place / "one.yaml", data, "runs/one", steps=30)
-    subprocess.run(["scontrol", "release", held], check=True)
+    _asked("scontrol", "release", held)
     _wait("the end", lambda: _state(first) == "FAILED")
     (*_, last) = _told("runs/one", first)
     assert "attempt 1, " in last
