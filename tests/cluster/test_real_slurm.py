@@ -18,7 +18,7 @@ import torch
 from cluster.cluster_case import make_data, write_profile, write_recipe
 
 from ttt_megatron.cluster.status import read_notes
-from ttt_megatron.training.checkpoint_folder import resolve_checkpoint
+from ttt_megatron.training.checkpoint_folder import list_checkpoints, resolve_checkpoint
 from ttt_megatron.training.weights import read_weights
 
 pytestmark = pytest.mark.slurm
@@ -86,8 +86,8 @@ def _logs() -> str:
 
 
 def _step(run: str) -> int:
-    found = [int(p.parent.name[5:]) for p in Path(run).glob("checkpoints/step-*[0-9]/info.json")]
-    return max(found, default=0)
+    found = list_checkpoints(Path(run, "checkpoints"))
+    return int(found[-1].name.removeprefix("step-")) if found else 0
 
 
 def _asked(*command: str) -> str:
@@ -142,7 +142,7 @@ def test_a_chain_goes_on_whatever_happens_to_it(place: Path, data: Path) -> None
         process
         for process in psutil.process_iter(["cmdline"])
         if f"{first}.2" in (process.info["cmdline"] or [])
-        and "torch.distributed.run" in process.info["cmdline"][:3]
+        and "ttt_megatron.parallel.node" in process.info["cmdline"][:3]
     )
     launcher.send_signal(signal.SIGKILL)
     _wait("stage 2", lambda: _noted("runs/two", second) == "finished")

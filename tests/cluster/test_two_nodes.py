@@ -21,7 +21,7 @@ from ttt_megatron.training.weights import read_weights
 
 pytestmark = pytest.mark.netns
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
-SECONDS = 600
+SECONDS = 900
 
 
 def _ip(words: str) -> None:
@@ -30,7 +30,7 @@ def _ip(words: str) -> None:
 
 @pytest.fixture
 def nodes() -> Iterator[list[str]]:
-    """Names of two namespaces that a cable connects, `link` at both ends."""
+    """Names of two namespaces that a cable connects, `cable` at both ends."""
     if os.geteuid() != 0:
         pytest.skip("network namespaces need root")
     names = [f"ttt-{os.getpid()}-{number}" for number in range(2)]
@@ -38,10 +38,10 @@ def nodes() -> Iterator[list[str]]:
         for name in names:
             _ip(f"netns add {name}")
             _ip(f"-n {name} link set lo up")
-        _ip(f"link add link netns {names[0]} type veth peer name link netns {names[1]}")
+        _ip(f"link add cable netns {names[0]} type veth peer name cable netns {names[1]}")
         for name, address in zip(names, ADDRESSES, strict=True):
-            _ip(f"-n {name} addr add {address}/24 dev link")
-            _ip(f"-n {name} link set link up")
+            _ip(f"-n {name} addr add {address}/24 dev cable")
+            _ip(f"-n {name} link set cable up")
         yield names
     finally:
         for name in names:
@@ -59,7 +59,7 @@ class _Node:
 
     def start(self) -> None:
         self.starts += 1
-        launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2"]
+        launch = [sys.executable, "-m", "ttt_megatron.parallel.node", "--nnodes", "2"]
         launch += ["--nproc-per-node", "1", "--max-restarts", "3", "--rdzv-backend", "c10d"]
         launch += ["--rdzv-id", "two-nodes", "--rdzv-endpoint", f"{ADDRESSES[0]}:29400"]
         launch += ["--local-addr", self._address, "-m", "ttt_megatron.cli.main", "train"]
@@ -69,7 +69,7 @@ class _Node:
             self.process = subprocess.Popen(
                 ["ip", "netns", "exec", self._name, *named, *launch],
                 cwd=self._folder,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "link"},
+                env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "cable"},
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -95,18 +95,18 @@ def _wait(what: str, nodes: list[_Node], until: Callable[[], object]) -> None:
 def test_a_node_that_is_cut_off_comes_back(nodes: list[str], tmp_path: Path) -> None:
     data = make_data(tmp_path)
     recipe = write_recipe(tmp_path / "recipe.yaml", data, "run", steps=300)
-    recipe.write_text(recipe.read_text().replace("timeout_minutes: 1.0", "timeout_minutes: 0.25"))
+    recipe.write_text(recipe.read_text().replace("timeout_minutes: 1.0", "timeout_minutes: 0.5"))
     running = [_Node(*place, tmp_path) for place in zip(nodes, ADDRESSES, strict=True)]
     metrics = tmp_path / "run" / "metrics.jsonl"
     try:
         _wait("steps", running, lambda: metrics.exists() and len(metrics.read_text()) > 4000)
-        _ip(f"-n {nodes[1]} link set link down")
+        _ip(f"-n {nodes[1]} link set cable down")
         told = "see that rank's last message"
         _wait("a message", running, lambda: any(told in node.said().lower() for node in running))
         message = next(n.said() for n in running if told in n.said().lower())
-        assert "waited 15 seconds in vain (parallel.timeout_minutes)" in message
+        assert "waited 30 seconds in vain (parallel.timeout_minutes)" in message
         steps = metrics.read_text().count("\n")
-        _ip(f"-n {nodes[1]} link set link up")
+        _ip(f"-n {nodes[1]} link set cable up")
 
         def finished() -> bool:
             for node in running:
