@@ -17,7 +17,7 @@ import torch
 from ttt_megatron.config.schema import RunConfig
 from ttt_megatron.data.dataset import open_dataset
 from ttt_megatron.data.stream import TokenStream
-from ttt_megatron.errors import UserError
+from ttt_megatron.errors import PassingError
 from ttt_megatron.meta.chunk_graph import ChunkPrograms
 from ttt_megatron.meta.learner import Learner
 from ttt_megatron.parallel.groups import Groups, process_groups
@@ -187,7 +187,7 @@ def _locked(output: Path) -> Iterator[None]:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             file.seek(0)
-            raise UserError(
+            raise PassingError(
                 f"process {file.read().strip() or '(unknown)'} is training in {output}: wait for "
                 f"it, or choose another training.output"
             ) from None
