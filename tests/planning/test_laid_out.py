@@ -64,5 +64,5 @@ def test_recurrent_mixers_are_laid_out_in_what_they_can_take():
     assert "mamba2,attention is not planned" in (choice.note or "")
     hybrid = choose_layout(load_recipe(SIZE / "pretrain-hybrid-8k.yaml"), H100, 128).config
     assert (hybrid.parallel.tensor > 1, hybrid.parallel.context) == (True, 1)
-    known = choose_layout(load_recipe(RECIPE), H100, 128)
+    known = choose_layout(load_recipe(RECIPE), H100, 8)
     assert known.note is None
