@@ -16,6 +16,7 @@ import psutil
 import pytest
 import torch
 from cluster.cluster_case import make_data, write_profile, write_recipe
+from sweeps.sweep_files import write_sweep
 
 from ttt_megatron.cluster.status import read_notes
 from ttt_megatron.training.checkpoint_folder import list_checkpoints, resolve_checkpoint
@@ -231,3 +232,20 @@ def test_an_error_that_would_come_again_ends_the_job(place: Path, data: Path) ->
     assert "not tried again, as the same would come of it: rank" in last
     assert "training.steps is 30 and was 20" in last
     _wait("stage 2's end", lambda: _state(second) == "CANCELLED")
+
+
+def test_a_sweep_is_an_array(place: Path, data: Path) -> None:
+    write_sweep(place, data, axes={"inner.lr": [1, 2]})
+    printed = _command("sweep", "sweep.yaml", "--slurm", "--profile", "profile.yaml")
+    job = printed.split()[1].strip(":")
+    folder = place / "out" / "slurm"
+    tasks = [f"{job}_0", f"{job}_1"]
+
+    def finished() -> bool:
+        rows = json.loads(_command("status", "--root", "out", "--json"))
+        assert [row["job_id"] for row in rows] == tasks
+        return all(row["state"] == "finished" and row["checkpoint"] == 3 for row in rows)
+
+    _wait("both tasks", finished)
+    assert "finished" in (folder / f"{job}_1.log").read_text()
+    assert "finished" in _command("logs", "--root", "out", f"{job}_0")

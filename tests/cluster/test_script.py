@@ -271,5 +271,6 @@ def test_a_task_of_an_array_goes_by_its_exit_status(tmp_path):
     statuses, log = cluster.run(**changes)
     assert statuses == [0, 2]
     assert (tmp_path / "words").read_text() == "3\n3\n"
+    assert (tmp_path / "run" / "slurm" / "5_3.state").read_text() == "0 2 refused 2\n"
     assert "not tried again, as the same would come of it: see the error above" in log
     _checked((tmp_path / "job.sbatch").read_text(), tmp_path)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ttt_megatron.cluster.status import read_notes
 
-_ATTEMPT = re.compile(rb"^\[job \d+, attempt \d+, [^\]]*\] on ", re.MULTILINE)
+_ATTEMPT = re.compile(rb"^\[job [\d_]+, attempt \d+, [^\]]*\] on ", re.MULTILINE)
 _OVER = ("finished", "refused", "failed", "cancelled")
 _POLL_SECONDS = 0.5
 
