@@ -9,6 +9,7 @@ from typing import Any
 from ttt_megatron.cluster.profile import Profile
 from ttt_megatron.config import RunConfig, load_recipe
 from ttt_megatron.config.convert import build
+from ttt_megatron.config.layouts import LAYOUTS_FILE, layout_beside
 from ttt_megatron.config.recipe import named_keys
 from ttt_megatron.errors import UserError
 
@@ -126,6 +127,22 @@ def _as_named(
     )
 
 
+def _chosen_before(question: Question) -> Answer | None:
+    """What `layouts.yaml` beside the recipe holds for so many GPUs."""
+    from ttt_megatron.planning.laid_out import changes_shapes
+
+    precision = question.config.training.precision
+    if question.config.training.device == "cpu" or changes_shapes(question.overrides):
+        return None
+    chosen = layout_beside(question.recipe, question.gpus, precision, question.gpu)
+    if chosen is None:
+        return None
+    source = question.recipe.with_name(LAYOUTS_FILE)
+    if chosen.unfit is not None:
+        raise UserError(f"{question.recipe}: {chosen.unfit} ({source})")
+    return list(chosen.overrides), f"as {source} has it"
+
+
 def _planned(question: Question) -> Answer | None:
     """The planner's best, for models it knows; with it come micro-batch and memory settings."""
     from ttt_megatron.planning.hardware import find_hardware
@@ -166,5 +183,9 @@ def _data_parallel(question: Question) -> Answer:
     return chosen, "data-parallel alone"
 
 
-SOURCES: tuple[Callable[[Question], Answer | None], ...] = (_planned, _data_parallel)
+SOURCES: tuple[Callable[[Question], Answer | None], ...] = (
+    _chosen_before,
+    _planned,
+    _data_parallel,
+)
 """Who is asked for a layout, one after the other; the last always has an answer."""

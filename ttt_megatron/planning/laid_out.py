@@ -55,7 +55,7 @@ def lay_out(recipe: str | Path, overrides: Sequence[str], gpus: int, hardware: H
         return _own(path, given, gpus, fill="parallel.data" not in named)
     config = load_recipe(path, given)
     chosen = None
-    if not any(key.startswith(_SHAPES) or key in _SIZES for key in named_keys(None, given)):
+    if not changes_shapes(given):
         chosen = layout_beside(path, gpus, config.training.precision, hardware.name)
     if chosen is not None:
         source = str(path.with_name(LAYOUTS_FILE))
@@ -66,6 +66,11 @@ def lay_out(recipe: str | Path, overrides: Sequence[str], gpus: int, hardware: H
     found = choose_layout(config, hardware, gpus).estimate.layout.overrides()
     settings = [*found, *given]
     return LaidOut(config=load_recipe(path, settings), settings=settings, source="the plan")
+
+
+def changes_shapes(overrides: Sequence[str]) -> bool:
+    """Whether a layout that was chosen for a recipe is none for it with these settings."""
+    return any(key.startswith(_SHAPES) or key in _SIZES for key in named_keys(None, overrides))
 
 
 def _own(path: Path, given: list[str], gpus: int, *, fill: bool) -> LaidOut:
