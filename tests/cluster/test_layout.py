@@ -13,9 +13,17 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 H100 = load_profile("default")
 
 
-def test_without_sizes_the_layout_is_planned():
+def test_without_sizes_the_layout_is_that_of_the_file_beside_the_recipe():
+    recipe = RECIPES / "3b" / "extend-e2e-32k.yaml"
+    found = place(str(recipe), ["optimizer.lr=1e-3"], 4, H100)
+    assert found.origin == f"as {recipe.with_name('layouts.yaml')} has it"
+    assert found.config.parallel.world_size == 32
+    assert found.config.optimizer.lr == 1e-3
+
+
+def test_where_the_file_has_none_the_layout_is_planned():
     recipe = str(RECIPES / "3b" / "extend-e2e-32k.yaml")
-    found = place(recipe, ["optimizer.lr=1e-3"], 4, H100)
+    found = place(recipe, ["optimizer.lr=1e-3", "training.micro_batch_size=1"], 4, H100)
     assert found.config.parallel.world_size == 32 == found.nodes * found.processes
     assert found.config.parallel.tensor > 1
     assert found.config.optimizer.lr == 1e-3
