@@ -2,7 +2,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint clean
+.PHONY: help install demo test recipes lint clean
 
 VENV := .venv
 PYTHON ?=
@@ -32,6 +32,9 @@ demo: $(STAMP) ## Prepare real text, train in two stages, evaluate, generate.
 
 test: $(STAMP) ## Run the tests.
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile $(PYTEST)
+
+recipes: $(STAMP) ## Train two steps of every recipe, made small, on the CPU.
+	OMP_NUM_THREADS=1 $(VENV)/bin/python tools/try_recipes.py
 
 lint: $(STAMP) ## Check style, types and the layering.
 	$(VENV)/bin/ruff check

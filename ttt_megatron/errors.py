@@ -7,3 +7,7 @@ class UserError(Exception):
     The message names the file, key or rank, the offending value, and what to do about it.
     The command line prints it without a traceback and exits with status 2.
     """
+
+
+class PassingError(UserError):
+    """A UserError whose cause may be gone at the next attempt: a lock, a full disk, a late rank."""

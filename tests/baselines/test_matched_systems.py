@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ttt_megatron.baselines.counts import count_with_mixers
-from ttt_megatron.baselines.recipes import system_recipe
+from ttt_megatron.baselines.recipes import named_for, recipe_file, system_recipe
 from ttt_megatron.baselines.systems import SYSTEMS, as_system
 from ttt_megatron.cli.main import main
 from ttt_megatron.config import from_dict, load_recipe, to_dict
@@ -36,6 +36,7 @@ def test_parameters_are_counted_as_built_and_equal_the_recipes(name):
 def test_every_published_size_has_every_system(path, name):
     config = load_recipe(path)
     made = as_system(config, name)
+    assert load_recipe(path.with_name(recipe_file(name, path))).model == made.model
     total, wanted = (count_with_mixers(one.model).total for one in (made, config))
     # Published baselines' MLPs are rounded down to multiples of 256.
     bound = 0.02 if name in ("swa", "full", "hybrid") else 0.01
@@ -98,6 +99,7 @@ def test_written_recipes_are_the_systems(stage, name, tmp_path):
 FOUND = sorted(RECIPES.glob("reproduction*/*/*.yaml"))
 OWN = [path for path in FOUND if path.stem in SYSTEMS]
 COMPUTE = [path for path in FOUND if path.stem not in SYSTEMS]
+SOURCES = sorted(RECIPES.glob("*/*-e2e-*.yaml"))
 
 
 def place(path):
@@ -111,6 +113,38 @@ def test_the_repositorys_recipes_are_up_to_date(path):
     made = as_system(config, path.stem)
     expected = system_recipe(config, made, path.stem, base, path.parent)
     assert path.read_text() == expected
+
+
+@pytest.mark.parametrize("base", SOURCES, ids=place)
+def test_the_published_recipes_are_what_the_command_writes(base):
+    config, names = load_recipe(base), [name for name in SYSTEMS if name != "e2e"]
+    for name in names:
+        expected = system_recipe(config, as_system(config, name), name, base, base.parent)
+        assert base.with_name(recipe_file(name, base)).read_text() == expected, (
+            f"remove it, and: ttt-megatron baselines {base} --systems {name} --output {base.parent}"
+        )
+    beside = {path.name for path in base.parent.glob(base.name.replace("e2e", "*"))}
+    assert beside == {base.name, *(recipe_file(name, base) for name in names)}
+
+
+def test_a_systems_name_stands_where_e2e_does():
+    assert named_for("swa", "125m-pretrain-e2e-8k") == "125m-pretrain-swa-8k"
+    assert named_for("swa", "runs/e2e/late2e2e") == "runs/swa/late2e2e"
+    assert named_for("swa", "runs/stage1") == "runs/stage1-swa"
+    assert recipe_file("swa", Path("a-e2e/extend-e2e-32k.yaml")) == "extend-swa-32k.yaml"
+    assert recipe_file("swa", Path("a-e2e/stage2.yaml")) == "swa.yaml"
+
+
+@pytest.mark.parametrize(
+    ("length", "base"),
+    [(8192, 5e5), (16384, 1e6), (32768, 2e6), (65536, 5e6), (131072, 1e7), (262144, 1e7)],
+)
+def test_full_attention_raises_the_rotary_base_with_the_length(length, base):
+    config = load_recipe(PUBLISHED[0], [f"data.sequence_length={length}"])
+    assert as_system(config, "full").model.rope_theta == base
+    assert {as_system(config, name).model.rope_theta for name in ("swa", "hybrid")} == {5e5}
+    chosen = replace(config, model=replace(config.model, rope_theta=2e7))
+    assert as_system(chosen, "full").model.rope_theta == 2e7
 
 
 @pytest.mark.parametrize("path", COMPUTE, ids=place)

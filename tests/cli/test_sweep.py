@@ -61,27 +61,40 @@ def test_a_dry_run_lists_and_leaves_nothing(trained_run, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def _array(path: Path, *words: str) -> list[str]:
+def _array(path: Path, capsys: pytest.CaptureFixture[str], *words: str) -> list[str]:
     """The script's lines; bash finds nothing wrong with it."""
-    assert main(["sweep", str(path), "--slurm", *words]) == 0
-    script = path.parent / "out" / "sweep.sbatch"
-    subprocess.run(["bash", "-n", str(script)], check=True)
-    return script.read_text().splitlines()
+    assert main(["sweep", str(path), "--slurm", "--dry-run", *words]) == 0
+    text = capsys.readouterr().out
+    subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+    assert not (path.parent / "out").exists()
+    return text.splitlines()
 
 
 def test_the_array_has_a_task_a_point(trained_run, tmp_path, capsys):
     path = write_sweep(tmp_path, trained_run.data, axes={"inner.lr": [1, 2, 3, 4]})
-    lines = _array(path, "--jobs", "2", "inner.clip=0.5")
+    lines = _array(path, capsys, "--jobs", "2", "inner.clip=0.5")
     assert "#SBATCH --array=0-3%2" in lines
-    assert not any("gpus" in line for line in lines)
-    assert lines[-1].endswith(
-        f"sweep {path} --output {tmp_path / 'out'} inner.clip=0.5 "
-        '--only-index "$SLURM_ARRAY_TASK_ID"'
-    )
-    assert f"sbatch --time=24:00:00 {tmp_path / 'out' / 'sweep.sbatch'}" in capsys.readouterr().out
-    lines = _array(path, "--only", "inner.lr-1", "inner.lr-4", "inner.lr-3", "training.device=auto")
+    assert not any(line.startswith("#SBATCH --gpus") for line in lines)
+    words = [line.strip() for line in lines]
+    first = words.index("sweep")
+    assert words[first : first + 7] == [
+        *("sweep", str(path), "--output", str(tmp_path / "out"), "inner.clip=0.5"),
+        *("--only-index", '"$SLURM_ARRAY_TASK_ID"'),
+    ]
+    assert f"[3]={tmp_path / 'out' / 'points' / 'inner.lr-4'}" in words
+    chosen = ["--only", "inner.lr-1", "inner.lr-4", "inner.lr-3", "training.device=auto"]
+    lines = _array(path, capsys, *chosen, "--profile", "default")
     assert "#SBATCH --array=0,2-3" in lines
     assert "#SBATCH --gpus-per-node=1" in lines
+
+
+def test_a_point_larger_than_a_node_is_refused(trained_run, tmp_path, capsys):
+    path = write_sweep(tmp_path, trained_run.data, axes={"inner.lr": [1]})
+    words = ["training.global_batch_size=16", "training.micro_batch_size=1", "parallel.data=16"]
+    assert main(["sweep", str(path), "--slurm", "--dry-run", *words]) == 2
+    assert "a point takes 16 processes, and a node of profile default has 8" in (
+        capsys.readouterr().err
+    )
 
 
 def _sweep(path: Path, *words: str, **environment: str) -> subprocess.Popen[str]:

@@ -11,7 +11,6 @@ from ttt_megatron.resilience.events import (
     read_events,
     record_event,
     recording_failure,
-    refuse_hopeless,
 )
 
 
@@ -33,16 +32,3 @@ def test_a_failure_is_written_down_and_passed_on(tmp_path: Path) -> None:
         raise ValueError("bug")
     told = [(event.kind, event.message, event.user) for event in read_events(tmp_path)]
     assert told == [("failed", "data.path is empty", True), ("failed", "ValueError: bug", False)]
-
-
-def test_torchrun_does_not_try_again_what_the_user_must_fix(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    record_event(tmp_path, Event(kind="failed", message="data.path is empty", user=True))
-    refuse_hopeless(tmp_path)  # a new start, after the user has had a look
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    with pytest.raises(UserError, match=r"not tried again: data\.path is empty"):
-        refuse_hopeless(tmp_path)
-    record_event(tmp_path, Event(kind="failed", message="lost a connection"))
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
-    refuse_hopeless(tmp_path)

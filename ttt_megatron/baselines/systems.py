@@ -15,6 +15,9 @@ from ttt_megatron.config.validate import validate
 from ttt_megatron.errors import UserError
 
 _PUBLISHED_STEP = 256
+_ROPE_BASES = ((8192, 1e6), (16384, 2e6), (32768, 5e6), (65536, 1e7))
+"""Bases of the rotary frequencies that full attention takes for sequences longer than so many
+tokens: 1M at 16K, 2M at 32K, 5M at 64K, 10M at 128K."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +59,13 @@ def _plain(**changes: Any) -> Callable[[RunConfig], RunConfig]:
     return make
 
 
+def _full(config: RunConfig) -> RunConfig:
+    """Full attention; the rotary base rises with the length, as its distances do."""
+    length = config.data.sequence_length
+    bases = [base for longest, base in _ROPE_BASES if length > longest]
+    return _plain(window_size=None, rope_theta=max([config.model.rope_theta, *bases]))(config)
+
+
 def _ttt_kvb(output_rule: OutputRule) -> Callable[[RunConfig], RunConfig]:
     """TTT-KVB beside windowed attention in every block, its chunks the inner loop's."""
 
@@ -81,9 +91,7 @@ SYSTEMS: Mapping[str, System] = {
     ),
     "off": System(label="no inner steps", text="prime MLPs as ordinary layers", make=_mode("off")),
     "swa": System(label="SWA", text="sliding-window attention in every block", make=_plain()),
-    "full": System(
-        label="full attention", text="full attention in every block", make=_plain(window_size=None)
-    ),
+    "full": System(label="full attention", text="full attention in every block", make=_full),
     "hybrid": System(
         label="hybrid",
         text="five blocks with sliding windows, one with full attention, and so on",

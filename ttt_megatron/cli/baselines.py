@@ -15,12 +15,13 @@ NAME = "baselines"
 HELP = "Make recipes of the systems that a TTT-E2E recipe is compared with."
 EPILOG = """examples:
   ttt-megatron baselines recipes/125m/pretrain-e2e-8k.yaml                     widths and parameters
-  ttt-megatron baselines recipes/125m/pretrain-e2e-8k.yaml --output recipes/125m/baselines
+  ttt-megatron baselines recipes/125m/pretrain-e2e-8k.yaml --output my-baselines
   ttt-megatron baselines my.yaml --systems swa,full,gated_delta --output my-baselines
 
 All have the recipe's data, schedule and number of parameters; their MLPs make up for what their
-mixers take. A recipe that starts from another run starts from the same system's run: make those of
-that stage too."""
+mixers take. A file has its system's name in place of the recipe's e2e, as in pretrain-swa-8k.yaml,
+or else as all of its name. A recipe that starts from another run starts from the same system's run:
+make those of that stage too."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints a row a system; raises UserError for a recipe they cannot be made from."""
-    from ttt_megatron.baselines.recipes import system_recipe
+    from ttt_megatron.baselines.recipes import recipe_file, system_recipe
     from ttt_megatron.baselines.systems import SYSTEMS, as_system
 
     config = load_recipe(args.recipe)
@@ -41,23 +42,25 @@ def run(args: argparse.Namespace) -> int:
     names = args.systems.split(",") if args.systems else list(SYSTEMS)
     made = {name: as_system(config, name, str(args.recipe)) for name in names}
     texts = {
-        name: system_recipe(config, one, name, args.recipe, args.output)
+        recipe_file(name, args.recipe): system_recipe(config, one, name, args.recipe, args.output)
         for name, one in made.items()
         if args.output is not None and name != "e2e"
     }
     if args.output is not None and args.output.exists() and not args.output.is_dir():
         raise UserError(f"--output {args.output}: that is a file; give a folder")
-    for name in texts:
-        path = args.output / f"{name}.yaml"
+    for file in texts:
+        path = args.output / file
         if path.exists():
             raise UserError(f"{path}: there is such a file; give another folder, or remove it")
     console = Console()
     table = _table(config, made)
     console = Console(width=max(console.width, Console(width=1000).measure(table).maximum))
     console.print(table)
-    for name, text in texts.items():
+    for file, text in texts.items():
         args.output.mkdir(parents=True, exist_ok=True)
-        (args.output / f"{name}.yaml").write_text(text, encoding="utf-8")
+        beside = args.output / f".{file}.tmp"
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(args.output / file)
     if texts:
         console.print(f"wrote {len(texts)} recipes to {args.output}", highlight=False)
     return 0

@@ -8,13 +8,17 @@ import sys
 from collections.abc import Sequence
 
 from ttt_megatron import __version__
-from ttt_megatron.errors import UserError
+from ttt_megatron.errors import PassingError, UserError
 
 # A static table, so that --help imports no subcommand and with it no torch.
 # Each module has NAME, HELP, EPILOG, add_arguments(parser) and run(args) -> exit status.
 COMMANDS = {
     "prepare": ("ttt_megatron.cli.prepare", "Tokenise text into the shards that runs read."),
     "train": ("ttt_megatron.cli.train", "Train a model, or go on where a run stopped."),
+    "submit": ("ttt_megatron.cli.submit", "Train recipes as jobs of a Slurm cluster."),
+    "status": ("ttt_megatron.cli.status", "Show how far submitted jobs are."),
+    "logs": ("ttt_megatron.cli.logs", "Show or follow a job's log."),
+    "cancel": ("ttt_megatron.cli.cancel", "Cancel jobs, and those that wait for them."),
     "evaluate": (
         "ttt_megatron.cli.evaluate",
         "Measure losses by position and context, needles, leakage.",
@@ -40,6 +44,7 @@ COMMANDS = {
     "parameters": ("ttt_megatron.cli.parameters", "Count a model's parameters."),
 }
 EXIT_USER_ERROR = 2
+EXIT_TRY_AGAIN = 75  # EX_TEMPFAIL of <sysexits.h>
 EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
 
@@ -47,7 +52,8 @@ EXIT_BROKEN_PIPE = 141
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs `argv` (default: the process's arguments) and returns the exit status.
 
-    0 is success, 2 an error that the user can fix, 130 an interrupt; subcommands may return others.
+    0 is success, 2 an error that the user can fix, 75 one that may pass by itself, 130 an
+    interrupt; subcommands may return others.
     """
     parser = _main_parser()
     arguments = parser.parse_args(argv)
@@ -62,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return status
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
+        return EXIT_TRY_AGAIN if isinstance(error, PassingError) else EXIT_USER_ERROR
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED

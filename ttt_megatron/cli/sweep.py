@@ -48,7 +48,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dry-run", action="store_true", help="check everything, list the points, run nothing")
     add("--only", nargs="+", action="extend", default=[], metavar="POINT", help="these points only")
     add("--only-index", type=int, metavar="I", help="the point of this number, as --dry-run lists")
-    add("--slurm", action="store_true", help="only write an sbatch script, one task a point")
+    add(
+        "--slurm",
+        action="store_true",
+        help="submit an array to Slurm, one task a point; with --dry-run only print its script",
+    )
+    add("--profile", metavar="NAME|FILE", help="the cluster, as `ttt-megatron submit` has it")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -70,10 +75,10 @@ def run(args: argparse.Namespace) -> int:
     from ttt_megatron.sweeps.state import resolve_points
 
     points = resolve_points(points, sweep.source)
+    if args.slurm:
+        return _submit_array(sweep, points, chosen, output, args, overrides)
     if args.dry_run:
         return _list(sweep, points, {point.name for point in chosen}, output)
-    if args.slurm:
-        return _write_array(sweep, points, chosen, output, args.jobs, overrides)
     from ttt_megatron.sweeps.run import run_sweep
 
     return _tell(run_sweep(sweep, points, chosen, output, args.jobs or 1), output)
@@ -120,22 +125,30 @@ def _list(sweep: "Sweep", points: "list[Point]", chosen: set[str], output: Path)
     return 0
 
 
-def _write_array(
+def _submit_array(
     sweep: "Sweep",
     points: "list[Point]",
     chosen: "list[Point]",
     output: Path,
-    jobs: int | None,
+    args: argparse.Namespace,
     overrides: list[str],
 ) -> int:
-    from ttt_megatron.sweeps.slurm import write_array
+    from ttt_megatron.cluster.profile import load_profile
+    from ttt_megatron.cluster.slurm import run_slurm
+    from ttt_megatron.sweeps.slurm import array_script, submit_array
     from ttt_megatron.sweeps.tracking import track_points
 
+    profile = load_profile(args.profile)
+    text = array_script(sweep, chosen, output, args.jobs, overrides, profile)
+    if args.dry_run:
+        print(text, end="")
+        return 0
+    run_slurm(["sbatch", "--version"])
     # The tasks find the sweep's MLflow run here, rather than each looking for one.
     track_points(points, sweep, output)
-    script = write_array(sweep, chosen, output, jobs, overrides)
-    print(f"{len(chosen)} tasks; submit them, with what your cluster asks for besides:")
-    print(f"  sbatch --time=24:00:00 {script}")
+    record = submit_array(text, sweep, chosen, output, profile)
+    print(f"job {record.job_id}: {len(chosen)} tasks")
+    print(f"next    ttt-megatron status --root {output}")
     print("then, for the table:")
     print(f"  ttt-megatron sweep {sweep.source} {' '.join([f'--output {output}', *overrides])}")
     return 0

@@ -1,25 +1,27 @@
 """`ttt-megatron train`: train a model, or go on where a run stopped."""
 
 import argparse
+import atexit
 import gc
 import os
+import signal
 import sys
-import time
 from pathlib import Path
 
+from ttt_megatron.cli.train_supervised import add_restart_arguments, supervise
+from ttt_megatron.cluster.outcome import (
+    FINISHED,
+    REFUSED,
+    STOPPED,
+    read_outcome,
+    telling_outcome,
+    write_outcome,
+)
 from ttt_megatron.config import RunConfig, load_recipe
 from ttt_megatron.config.elastic import fit_to_world
-from ttt_megatron.errors import UserError
 from ttt_megatron.parallel.launcher import WorkerError, launch, naming_rank, under_torchrun
-from ttt_megatron.resilience.events import (
-    ATTEMPT,
-    Event,
-    read_events,
-    record_event,
-    refuse_hopeless,
-)
-from ttt_megatron.resilience.supervisor import RestartPolicy, Supervisor, end_with_supervisor
-from ttt_megatron.training.checkpoint_folder import CHECKPOINTS, newest_step
+from ttt_megatron.resilience.events import Event, record_event
+from ttt_megatron.resilience.supervisor import end_with_supervisor
 from ttt_megatron.training.result import TrainingResult
 
 NAME = "train"
@@ -31,18 +33,25 @@ EPILOG = """examples:
   ttt-megatron train recipes/quickstart.yaml parallel.tensor=2   two that share every matrix
   ttt-megatron train recipes/quickstart.yaml parallel.context=2  two that share every sequence
   ttt-megatron train recipes/quickstart.yaml --max-restarts 3    started again if it crashes
-  torchrun --nnodes 2:4 --nproc-per-node 8 -m ttt_megatron.cli.main train RECIPE \
-    parallel.elastic=true                                        on the nodes that there are
+  ttt-megatron train recipes/3b/extend-e2e-128k.yaml --simulate-world 128    nothing is trained
   torchrun --nproc-per-node 2 -m ttt_megatron.cli.main train recipes/quickstart.yaml parallel.data=2
+  torchrun --nnodes 2:4 --nproc-per-node 8 -m ttt_megatron.cli.main train RECIPE \\
+    parallel.elastic=true                                        on the nodes that there are
 
 The same command again goes on from the newest checkpoint in training.output. SIGTERM or Ctrl-C
 ends a run after its current step, with a checkpoint; the exit status is then 128 + the signal. It
-is 2 after an error that you can fix, and that trying again does not, and 1 after any other. What
-befell a run is in events.jsonl of training.output."""
+is 2 after an error that trying again does not cure, 75 after one that may pass (a full disk, a run
+that is still ending), and 1 after any other. What befell a run is in events.jsonl of
+training.output. On a cluster, `ttt-megatron submit` starts it, and starts it again
+(docs/cluster.md).
+
+--simulate-world N lays the recipe out on N GPUs as its own parallel section says, or layouts.yaml
+beside it, or `ttt-megatron plan`, and tells in seconds what would fail there."""
 
 EXIT_WORKER_FAILED = 1
-EXIT_USER_ERROR = 2
+EXIT_REFUSED = 2
 EXIT_SIGNAL_BASE = 128
+_STOPPED = (EXIT_SIGNAL_BASE + signal.SIGTERM, EXIT_SIGNAL_BASE + signal.SIGINT)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,63 +65,66 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="start over; a run already in training.output is moved to previous-N inside it",
     )
+    add_restart_arguments(parser)
     parser.add_argument(
-        "--max-restarts",
+        "--simulate-world",
         type=int,
-        default=0,
         metavar="N",
-        help="how often to start a run that was cut off again without a newer checkpoint; under "
-        "torchrun its own --max-restarts counts (default: %(default)s)",
+        help="train nothing; say what a run on N GPUs would build, hold and send, or why it fails",
     )
     parser.add_argument(
-        "--restart-wait",
-        type=float,
-        default=5.0,
-        metavar="SECONDS",
-        help="before the first restart; doubles from one to the next (default: %(default)s)",
+        "--gpu", default="h100", help="kind of GPU of a simulated run (default: h100)"
+    )
+    parser.add_argument(
+        "--outcome",
+        type=Path,
+        metavar="FILE",
+        help="for job scripts: write how the run ended here (finished, stopped or refused)",
     )
 
 
 def run(args: argparse.Namespace) -> int:
     """Trains; raises UserError for whatever the user can fix."""
-    if args.max_restarts < 0:
-        raise UserError(f"--max-restarts {args.max_restarts} must not be negative")
-    with naming_rank():
-        config = load_recipe(args.recipe, args.overrides)
-        if args.max_restarts and not under_torchrun():
-            return _supervise(args, Path(config.training.output))
-        return _train(args, config)
+    if args.simulate_world is not None:
+        return _simulate(args)
+    if args.outcome is None:
+        with naming_rank():
+            return _start(args)
+    if (told := read_outcome(args.outcome)) is not None and told.ended == REFUSED:
+        # Torchrun starts the ranks again after any error, and this one would come back.
+        return EXIT_REFUSED
+    with telling_outcome(args.outcome):
+        with naming_rank():
+            status = _start(args)
+        if os.environ.get("RANK", "0") == "0" and status in (0, *_STOPPED):
+            write_outcome(args.outcome, FINISHED if status == 0 else STOPPED)
+    return status
 
 
-def _supervise(args: argparse.Namespace, output: Path) -> int:
-    """The same training in a process of its own, started again when it is cut off."""
-    began = time.time()
-    command = [sys.executable, "-m", "ttt_megatron.cli.main", "train", args.recipe]
+def _simulate(args: argparse.Namespace) -> int:
+    from ttt_megatron.planning.hardware import find_hardware
 
-    def attempt(restarts: int) -> list[str]:
-        events = read_events(output)
-        begun = any(event.kind == "started" and event.time >= began for event in events)
-        return [*command, *args.overrides, *(["--fresh"] if args.fresh and not begun else [])]
+    hardware = find_hardware(args.gpu)
+    load_recipe(args.recipe, args.overrides)  # before torch is imported, as below
+    from ttt_megatron.simulation.report import report
+    from ttt_megatron.simulation.simulate import simulate_run
 
-    def tell(sentence: str) -> None:
-        print(sentence, file=sys.stderr, flush=True)
-        record_event(output, Event(kind="restarting", message=sentence))
+    print(report(simulate_run(args.recipe, args.overrides, args.simulate_world, hardware)))
+    return 0
 
-    return Supervisor(
-        command=attempt,
-        policy=RestartPolicy(max_restarts=args.max_restarts, first_wait=args.restart_wait),
-        progress=lambda: newest_step(output / CHECKPOINTS),
-        final=frozenset({0, EXIT_USER_ERROR}),
-        tell=tell,
-        attempt=ATTEMPT,
-    ).run()
+
+def _start(args: argparse.Namespace) -> int:
+    config = load_recipe(args.recipe, args.overrides)
+    if under_torchrun():
+        if config.parallel.elastic:
+            config = fit_to_world(config, int(os.environ["WORLD_SIZE"]))
+    elif args.max_restarts:
+        return supervise(args, Path(config.training.output))
+    end_with_supervisor()
+    return _train(args, config)
 
 
 def _train(args: argparse.Namespace, config: RunConfig) -> int:
-    end_with_supervisor()
-    refuse_hopeless(Path(config.training.output))
-    if under_torchrun() and config.parallel.elastic:
-        config = fit_to_world(config, int(os.environ["WORLD_SIZE"]))
     # torch takes seconds to import: not before the recipe is known to be good.
     from ttt_megatron.training.preflight import check_start, resolve_run
 
@@ -145,5 +157,7 @@ def _work(config: RunConfig, fresh: bool) -> TrainingResult:
     from ttt_megatron.training.run import train_worker
 
     gc.freeze()
+    # At the end of a rank that torchrun started, nanobind would call all of it leaked.
+    atexit.register(gc.unfreeze)
     gc.enable()
     return train_worker(config, fresh)

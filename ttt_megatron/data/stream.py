@@ -86,6 +86,20 @@ class Batch:
         )
 
 
+def rank_rows(position: int, global_batch: int, rank: int, world: int) -> range:
+    """The global rows of rank `rank` in a step that reads `global_batch` of them from `position`.
+
+    Raises UserError if `world` does not divide `global_batch`.
+    """
+    if global_batch < 1 or global_batch % world:
+        raise UserError(
+            f"training.global_batch_size={global_batch} must be a positive multiple of the "
+            f"{world} data-parallel processes"
+        )
+    share = global_batch // world
+    return range(position + rank * share, position + (rank + 1) * share)
+
+
 class TokenStream:
     """Rows of `dataset` at one sequence length, and the number of rows read so far.
 
@@ -139,13 +153,8 @@ class TokenStream:
 
         Raises UserError if `world` does not divide `global_batch`.
         """
-        if global_batch < 1 or global_batch % world:
-            raise UserError(
-                f"training.global_batch_size={global_batch} must be a positive multiple of the "
-                f"{world} data-parallel processes"
-            )
-        share = global_batch // world
-        return self.read_rows(position + rank * share, share)
+        rows = rank_rows(position, global_batch, rank, world)
+        return self.read_rows(rows.start, len(rows))
 
     def next_batch(self, global_batch: int, rank: int = 0, world: int = 1) -> Batch:
         """`batch` at the stream's position, which moves on by `global_batch` on every rank."""

@@ -7,7 +7,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from ttt_megatron.errors import UserError
+from ttt_megatron.errors import PassingError, UserError
 
 _folder: Path | None = None
 
@@ -31,6 +31,7 @@ def leave_account(error: BaseException) -> None:
         "rank": rank,
         "time": time.time(),
         "user": isinstance(error, UserError),
+        "passing": isinstance(error, PassingError),
         "told": isinstance(error, UserError | WorkerError),
         "message": str(error) or type(error).__name__,
         "traceback": "".join(traceback.format_exception(error)),

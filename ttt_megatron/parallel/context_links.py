@@ -5,7 +5,9 @@ later one in a backward pass. Each direction has a process group of its own: in 
 messages are taken in order, a forward pass on one rank and a backward pass on its neighbour would
 wait for each other for ever. For the same reason every kind of message has a group of its own,
 since a state may be expected while halos are exchanged, and so have messages between the first and
-the second parts of ranks that hold two, whose passes mix differently on different ranks.
+the second parts of ranks that hold two, whose passes mix differently on different ranks. Of these,
+messages to higher and to lower ranks are apart too: two ranks that send to each other in one group,
+each before it receives, would wait for ever with NCCL, which takes a pair's messages in turn.
 """
 
 import time
@@ -106,8 +108,9 @@ class Channel:
 
 Like = tuple[torch.Size, torch.dtype, torch.device]
 """What it takes to make a buffer."""
-Lane = tuple[Direction, Kind, bool, bool]
-"""Direction, kind, and whether the earlier and the later part are a rank's second."""
+Lane = tuple[Direction, Kind, bool, bool, bool]
+"""Direction, kind, whether the earlier and the later part are a rank's second, and whether the
+later one's rank is the higher."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +146,8 @@ class ContextLinks:
     def channel(self, direction: Direction, kind: Kind, part: int, other: int) -> Channel:
         """The channel of such messages between two parts."""
         earlier, later = sorted((part, other))
-        return self.channels[direction, kind, earlier >= self.size, later >= self.size]
+        rises = self.owner(earlier) <= self.owner(later)
+        return self.channels[direction, kind, earlier >= self.size, later >= self.size, rises]
 
     def bytes_sent(self, direction: Direction, kind: Kind) -> int:
         """Bytes this rank has sent to others."""
@@ -180,6 +184,13 @@ def _lanes(zigzag: bool) -> list[list[Lane]]:
     directions: tuple[Direction, ...] = ("forward", "backward")
     kinds: tuple[Kind, ...] = ("halo", "state")
     if not zigzag:
-        return [[(direction, kind, False, False)] for direction in directions for kind in kinds]
-    turns = [(False, False), (False, True), (True, True)]
+        return [
+            [(direction, kind, False, False, True)] for direction in directions for kind in kinds
+        ]
+    turns = [
+        (False, False, True),
+        (False, True, True),
+        (False, True, False),
+        (True, True, False),
+    ]
     return [[(d, kind, *turn)] for d in directions for kind in kinds for turn in turns]

@@ -183,13 +183,15 @@ def layout(device: torch.device, parallel: ParallelConfig | None = None) -> Iter
             f"were started: make them equal"
         )
     turns = parallel.virtual_pipeline
-    before = _groups_made()
+    before = groups_made()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         context_parallel_size=parallel.context,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=turns if turns > 1 else None,
         distributed_timeout_minutes=parallel.timeout_minutes,
+        # A simulated world has none, of gloo or otherwise.
+        create_gloo_process_groups=dist.get_backend() != "fake",
     )
     try:
         yield Groups(
@@ -209,11 +211,11 @@ def layout(device: torch.device, parallel: ParallelConfig | None = None) -> Iter
         )
     finally:
         parallel_state.destroy_model_parallel()
-        for group in _groups_made()[len(before) :]:
+        for group in groups_made()[len(before) :]:
             dist.destroy_process_group(group)
 
 
-def _groups_made() -> list[dist.ProcessGroup]:
+def groups_made() -> list[dist.ProcessGroup]:
     """This rank's groups, in the order they were made; torch lists them nowhere in public.
 
     megatron-core forgets its groups without ending them, and each keeps several threads.

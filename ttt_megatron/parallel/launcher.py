@@ -20,7 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
-from ttt_megatron.errors import UserError
+from ttt_megatron.errors import PassingError, UserError
 from ttt_megatron.parallel.accounts import (
     WorkerError,
     keep_accounts_in,
@@ -51,7 +51,7 @@ def naming_rank() -> Iterator[None]:
         yield
     except UserError as error:
         if under_torchrun() and int(os.environ["WORLD_SIZE"]) > 1:
-            raise UserError(f"rank {os.environ['RANK']}: {error}") from error
+            raise type(error)(f"rank {os.environ['RANK']}: {error}") from error
         raise
 
 
@@ -173,7 +173,7 @@ def _first_failure(folder: Path, processes: int, rank: int, exit_code: int) -> E
     first = min(accounts, key=lambda account: account["time"])
     where = f"rank {first['rank']}: " if processes > 1 else ""
     if first["user"]:
-        return UserError(f"{where}{first['message']}")
+        return (PassingError if first["passing"] else UserError)(f"{where}{first['message']}")
     if first["told"]:
         return WorkerError(f"{where}{first['message']}")
     return WorkerError(f"rank {first['rank']} failed:\n{first['traceback'].rstrip()}")

@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 from torch.distributed import DistError, HashStore, PrefixStore, Store, rendezvous
 
-from ttt_megatron.errors import UserError
+from ttt_megatron.errors import PassingError
 
 DEFAULT_TIMEOUT = timedelta(minutes=30)
 
@@ -75,7 +75,7 @@ def meet(timeout: timedelta = DEFAULT_TIMEOUT) -> Meeting:
         store, rank, world_size = next(rendezvous("env://", timeout=timeout))
     except DistError as error:
         environment = os.environ
-        raise UserError(
+        raise PassingError(
             f"the {environment['WORLD_SIZE']} processes did not all meet at "
             f"{environment['MASTER_ADDR']}:{environment['MASTER_PORT']} within "
             f"{in_words(timeout)} (parallel.timeout_minutes): see that every one was started and "

@@ -15,7 +15,7 @@ from ttt_megatron.planning.memory import (
 )
 from ttt_megatron.planning.schedules import PhaseSeconds, Transfers, simulate
 from ttt_megatron.planning.simulator import Timeline
-from ttt_megatron.planning.stages import cut_prefix
+from ttt_megatron.planning.stages import stage_blocks
 from ttt_megatron.planning.static_work import WEIGHT_BYTES
 from ttt_megatron.planning.step_work import StepWork, step_work
 from ttt_megatron.planning.units import Work, compute_precision, in_float8
@@ -88,9 +88,7 @@ class Estimator:
         self.work = step_work(self.config)
         self.micro_batches = layout.micro_batches(config)
         self.turns = max(layout.virtual_pipeline, TURNS)
-        block = self._seconds(self.work.block_forward) + self._seconds(self.work.block_backward)
-        self._block_cost = block + self._seconds(self.work.block_weights)
-        self._end_cost = self._seconds(self.work.total) - self._block_cost * self._blocks
+        self._cuts: dict[int, list[int]] = {}
 
     @property
     def _blocks(self) -> int:
@@ -108,11 +106,12 @@ class Estimator:
         return seconds / self.layout.tensor
 
     def cut(self, parts: int | None = None) -> list[int]:
-        """Prefix blocks of each stage, or of each of `parts` parts in turn."""
+        """Prefix blocks of each stage, or of each of `parts` parts in turn, as a run cuts them."""
         stages = self.layout.pipeline
-        if stages == 1:
-            return [self._blocks]
-        return cut_prefix(self._blocks, parts or stages, stages, self._block_cost, self._end_cost)
+        number = parts or stages
+        if number not in self._cuts:
+            self._cuts[number] = stage_blocks(self.config, stages, number)
+        return self._cuts[number]
 
     def stages(self, blocks: list[int], shards_a_rank: int = 1) -> list[PhaseSeconds]:
         """Seconds of a micro-batch's sequence in each part, tensor collectives and halo included.

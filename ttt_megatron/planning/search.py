@@ -1,5 +1,6 @@
 """The planner: the recipe's layout and the fastest others that fit."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from ttt_megatron.config.schema import RunConfig
@@ -25,8 +26,21 @@ class Plan:
     best: list[Estimate]
 
 
-def make_plan(config: RunConfig, hardware: Hardware, gpus: int | None = None, top: int = 5) -> Plan:
+def _any(layout: Layout) -> bool:
+    """Every layout will do."""
+    return True
+
+
+def make_plan(
+    config: RunConfig,
+    hardware: Hardware,
+    gpus: int | None = None,
+    top: int = 5,
+    allowed: Callable[[Layout], bool] = _any,
+) -> Plan:
     """Plans a run on `gpus` GPUs; None takes as many as the recipe's layout has processes.
+
+    The best are of the `allowed` layouts.
 
     Raises UserError where the model has no vocabulary, the GPU no float8 that is asked for, no
     layout divides the GPUs, or none fits.
@@ -41,7 +55,8 @@ def make_plan(config: RunConfig, hardware: Hardware, gpus: int | None = None, to
     asked = recipe_layout(config)
     gpus = asked.gpus if gpus is None else gpus
     recipe, note = _recipe(config, hardware, asked, gpus)
-    return Plan(config, hardware, gpus, recipe, note, _search(config, hardware, gpus, top))
+    best = _search(config, hardware, gpus, top, allowed)
+    return Plan(config, hardware, gpus, recipe, note, best)
 
 
 def _recipe(
@@ -62,8 +77,14 @@ def _recipe(
     return estimator.estimate(schedule=layout.schedule), None
 
 
-def _search(config: RunConfig, hardware: Hardware, gpus: int, top: int) -> list[Estimate]:
-    grid = list(grids(config, gpus, hardware.gpus_per_node))
+def _search(
+    config: RunConfig,
+    hardware: Hardware,
+    gpus: int,
+    top: int,
+    allowed: Callable[[Layout], bool],
+) -> list[Estimate]:
+    grid = [shape for shape in grids(config, gpus, hardware.gpus_per_node) if allowed(shape)]
     if not grid:
         tokens = config.data.sequence_length
         raise UserError(

@@ -91,15 +91,6 @@ def read_events(output: Path) -> list[Event]:
     return events
 
 
-def refuse_hopeless(output: Path) -> None:
-    """Raises UserError if torchrun tries again what failed of something that the user must fix."""
-    if int(os.environ.get(_ELASTIC, "0")) == 0:
-        return
-    failures = [e for e in read_events(output) if e.kind == "failed" and e.attempt < _attempt()]
-    if failures and failures[-1].user and failures[-1].attempt == _attempt() - 1:
-        raise UserError(f"not tried again: {failures[-1].message}")
-
-
 @contextmanager
 def recording_failure(output: Path) -> Iterator[None]:
     """Writes down the error that ends what is done within, and lets it pass."""

@@ -24,7 +24,7 @@ SUPERVISOR = "TTT_MEGATRON_SUPERVISOR"
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _SIGNALLED = 128
 _POLL_SECONDS = 0.05
-_GONE_SECONDS = 5.0
+_GONE_SECONDS = 2.0
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 Tell = Callable[[str], None]

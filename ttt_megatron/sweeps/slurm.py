@@ -1,58 +1,83 @@
-"""A sweep as an array of a batch system's tasks, one a point."""
+"""A sweep as an array of a Slurm cluster's tasks, one a point, on one node each."""
 
 import os
-import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ttt_megatron.sweeps.job import LOGS, PROGRAM
+from ttt_megatron.cluster.profile import Profile
+from ttt_megatron.cluster.records import FOLDER, JobRecord, add_record
+from ttt_megatron.cluster.script import Job, render
+from ttt_megatron.cluster.submission import submit_script
+from ttt_megatron.errors import UserError
 from ttt_megatron.sweeps.points import Point
 from ttt_megatron.sweeps.spec import Sweep
 
-SCRIPT = "sweep.sbatch"
-# Seconds before the time limit at which runs are asked to save and end.
-_NOTICE = 120
 
-
-def write_array(
-    sweep: Sweep, points: Sequence[Point], output: Path, jobs: int | None, overrides: Sequence[str]
-) -> Path:
-    """Writes the script of an array over the chosen points, at most `jobs` at once; its path.
+def array_script(
+    sweep: Sweep,
+    points: Sequence[Point],
+    output: Path,
+    jobs: int | None,
+    overrides: Sequence[str],
+    profile: Profile,
+) -> str:
+    """The script of an array over the chosen points, at most `jobs` at once.
 
     A task runs its point by `sweep --only-index`, in the folder that is current now.
+
+    Raises UserError for points that need more than a node of the profile.
     """
-    config = points[0].config
     processes = max(point.config.parallel.world_size for point in points)
-    settings = [
-        f"--job-name={sweep.name}",
-        f"--array={_ranges([point.index for point in points])}" + (f"%{jobs}" if jobs else ""),
-        f"--output={output.resolve() / LOGS}/slurm-%A_%a.log",
-        "--nodes=1",
-        "--ntasks=1",
-        f"--cpus-per-task={processes}",
-        *([] if config.training.device == "cpu" else [f"--gpus-per-node={processes}"]),
-        f"--signal=B:TERM@{_NOTICE}",
-        "--requeue",
-    ]
-    command = [
-        *(*PROGRAM, "sweep", str(Path(sweep.source).resolve())),
-        *("--output", str(output.resolve()), *overrides),
-    ]
-    lines = [
-        "#!/bin/bash",
-        *(f"#SBATCH {setting}" for setting in settings),
-        "set -euo pipefail",
-        f"cd {shlex.quote(str(Path.cwd()))}",
-        # In the shell's place, so that the notice before the limit reaches it.
-        f'exec {shlex.join(command)} --only-index "$SLURM_ARRAY_TASK_ID"',
-    ]
-    (output / LOGS).mkdir(parents=True, exist_ok=True)
-    script = output / SCRIPT
-    beside = script.with_name(f".{SCRIPT}.tmp")
-    beside.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    os.chmod(beside, 0o755)
-    beside.replace(script)
-    return script
+    if processes > profile.processes:
+        raise UserError(
+            f"{sweep.source}: a point takes {processes} processes, and a node of profile "
+            f"{profile.name} has {profile.processes}: a task of a sweep is one node; submit the "
+            "recipe by itself for more"
+        )
+    job = Job(
+        name=sweep.name,
+        about=[f"The sweep {sweep.source}: {len(points)} points, by profile {profile.name}"],
+        folder=output.absolute() / FOLDER,
+        work=Path.cwd(),
+        command=[
+            *("sweep", os.path.abspath(sweep.source), "--output", str(output.absolute())),
+            *(*overrides, "--only-index"),
+        ],
+        raw=['"$SLURM_ARRAY_TASK_ID"'],
+        python=sys.executable,
+        outputs={point.index: point.folder.absolute() for point in points},
+        processes=processes,
+        on_gpu=bool(profile.gpus_per_node)
+        and any(point.config.training.device != "cpu" for point in points),
+        torchrun=False,
+        array=_ranges([point.index for point in points]) + (f"%{jobs}" if jobs else ""),
+    )
+    return render(job, profile)
+
+
+def submit_array(
+    text: str, sweep: Sweep, points: Sequence[Point], output: Path, profile: Profile
+) -> JobRecord:
+    """Submits the script of an array and records it in the sweep's folder. Raises UserError."""
+    record = submit_script(
+        text,
+        folder=output.absolute() / FOLDER,
+        after=[],
+        record={
+            "name": sweep.name,
+            "recipe": sweep.source,
+            "overrides": [],
+            "output": str(output.absolute()),
+            "nodes": 1,
+            "processes": max(point.config.parallel.world_size for point in points),
+            "profile": profile.name,
+            "steps": max(point.config.training.steps for point in points),
+            "tasks": {str(point.index): str(point.folder.absolute()) for point in points},
+        },
+    )
+    add_record(output, record)
+    return record
 
 
 def _ranges(numbers: Sequence[int]) -> str:

@@ -11,8 +11,8 @@ from ttt_megatron.errors import UserError
 from ttt_megatron.evaluation.report import read_report
 from ttt_megatron.sweeps.points import Point, refuse_points
 from ttt_megatron.sweeps.spec import Sweep
-from ttt_megatron.training.callbacks.metrics_log import METRICS_FILE, read_metrics
 from ttt_megatron.training.checkpoint_folder import read_config, read_info, resolve_checkpoint
+from ttt_megatron.training.metrics_file import METRICS_FILE, last_row, read_metrics
 from ttt_megatron.training.preflight import find_resumable, resolve_run
 from ttt_megatron.training.resume import refuse_changes
 
@@ -108,18 +108,8 @@ def _loss_by_position(point: Point) -> dict[str, float]:
 
 def current_step(point: Point) -> int:
     """The last step in the metrics log of a point that runs; cheap."""
-    path = point.folder / METRICS_FILE
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - 4096))
-            lines = file.read().splitlines()
-    except OSError:
-        return 0
-    for line in reversed(lines):
-        words = line.removeprefix(b'{"step": ').split(b",", 1)
-        if len(words) == 2 and words[0].isdigit() and line.endswith(b"}"):
-            return int(words[0])
-    return 0
+    row = last_row(point.folder / METRICS_FILE)
+    return 0 if row is None else int(row["step"])
 
 
 def resolve_points(points: Sequence[Point], source: str) -> list[Point]:

@@ -19,7 +19,7 @@ import ttt_megatron
 from ttt_megatron.config.convert import to_flat
 from ttt_megatron.config.schema import RunConfig
 from ttt_megatron.data.dataset import open_dataset
-from ttt_megatron.errors import UserError
+from ttt_megatron.errors import PassingError, UserError
 from ttt_megatron.parallel.meeting import Meeting, describe, in_words
 from ttt_megatron.training.fused import choose_adam
 from ttt_megatron.training.fused_norm import choose_norm
@@ -27,6 +27,7 @@ from ttt_megatron.training.precision import compute_dtype, parameter_dtype_of
 
 _MOST_KEYS = 5
 _MOST_RANKS = 4
+_DISAGREE = "the ranks disagree"
 # Rank 0 gives up first, and the others hear from it why.
 _GRACE = timedelta(seconds=10)
 
@@ -89,13 +90,13 @@ def require_agreement(meeting: Meeting, facts: dict[str, Any]) -> None:
         meeting.put("heard", "")
         if meeting.rank == 0:  # which may hold the store that the others still read
             meeting.wait_for("heard", came, _GRACE)
-        raise UserError(verdict)
+        raise (UserError if verdict.startswith(_DISAGREE) else PassingError)(verdict)
 
 
 def _from_first(meeting: Meeting, key: str) -> str:
     found = meeting.wait_for(key, range(1), meeting.timeout + _GRACE)
     if not found:
-        raise UserError(
+        raise PassingError(
             f"{describe(meeting, 0)} has told nothing within {in_words(meeting.timeout)} "
             f"(parallel.timeout_minutes): see its last message"
         )
@@ -127,7 +128,7 @@ def _verdict(meeting: Meeting, differences: dict[int, str]) -> str:
     if not differing:
         return ""
     return (
-        f"the ranks disagree: {_listed(differing, '; ')}. Start all ranks with the same recipe "
+        f"{_DISAGREE}: {_listed(differing, '; ')}. Start all ranks with the same recipe "
         f"and overrides, the same prepared data and the same installed code"
     )
 

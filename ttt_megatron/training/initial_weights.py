@@ -8,7 +8,7 @@ steps included.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from ttt_megatron.errors import UserError
 from ttt_megatron.meta.learner import Learner
 from ttt_megatron.parallel.groups import Groups
 from ttt_megatron.training.checkpoint_folder import resolve_checkpoint
-from ttt_megatron.training.weights import read_weights
+from ttt_megatron.training.weights import read_weights, stored_shapes
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ def start_from(
     """
     checkpoint = resolve_checkpoint(Path(source))
     weights = read_weights(checkpoint)
-    extends = not any(_PRIME in name for name in weights)
+    extends = _extends(weights)
     slots = learners[0].model.slots
     parameters = {name: p for learner in learners for name, p in learner.named_parameters()}
     names = set(parameters) if groups is None else groups.union(set(parameters))
@@ -50,12 +50,7 @@ def start_from(
                 parameter.zero_()
             continue
         whole = slots.whole_shape(name, parameter.shape)
-        if weights[name].shape != whole:
-            raise UserError(
-                f"training.init_from={checkpoint}: parameter {name} has the shape "
-                f"{tuple(weights[name].shape)} there and {tuple(whole)} in this model; "
-                f"make the model sections equal"
-            )
+        _check_shape(name, whole, weights[name].shape, checkpoint)
         parameter.copy_(slots.take_part(name, weights[name]))
     added = len(names - weights.keys())
     logger.info(
@@ -66,6 +61,30 @@ def start_from(
         else "",
     )
     return checkpoint
+
+
+def refuse_other_weights(shapes: Mapping[str, torch.Size], source: Path | str) -> None:
+    """Raises UserError, as `start_from` does, if a model of whole parameters of these shapes cannot
+    start from a run or checkpoint; reads no values."""
+    checkpoint = resolve_checkpoint(Path(source))
+    stored = stored_shapes(checkpoint)
+    _check_names(set(shapes), set(stored), checkpoint, _extends(stored))
+    for name, shape in shapes.items():
+        if name in stored:
+            _check_shape(name, shape, stored[name], checkpoint)
+
+
+def _extends(weights: Iterable[str]) -> bool:
+    """Whether a source is a plain model."""
+    return not any(_PRIME in name for name in weights)
+
+
+def _check_shape(name: str, ours: torch.Size, theirs: torch.Size, checkpoint: Path) -> None:
+    if theirs != ours:
+        raise UserError(
+            f"training.init_from={checkpoint}: parameter {name} has the shape {tuple(theirs)} "
+            f"there and {tuple(ours)} in this model; make the model sections equal"
+        )
 
 
 def _check_names(ours: set[str], theirs: set[str], checkpoint: Path, extends: bool) -> None:

@@ -39,6 +39,11 @@ def resolve_run(config: RunConfig) -> RunConfig:
             "'ttt-megatron[deepspeed]', or set optimizer.engine=megatron"
         )
     _refuse_what_needs_cuda(config)
+    return with_vocabulary(config, check_data(config))
+
+
+def check_data(config: RunConfig) -> int:
+    """The vocabulary size of the run's data; raises UserError for data that it cannot train on."""
     if not config.data.path:
         raise UserError("data.path is empty: give the folder that `ttt-megatron prepare` wrote")
     data = config.data
@@ -47,14 +52,29 @@ def resolve_run(config: RunConfig) -> RunConfig:
     if config.training.eval_sequences:
         validation = open_dataset(data.path, "validation")
         validation_sequences(validation, data.sequence_length, config.training.eval_sequences)
-    vocabulary, parts = config.model.vocab_size or dataset.vocab_size, config.parallel.tensor
-    if vocabulary < dataset.vocab_size:
+    return dataset.vocab_size
+
+
+def with_vocabulary(config: RunConfig, tokens: int | None) -> RunConfig:
+    """The run with a vocabulary: its own, or that of data with so many tokens.
+
+    Raises UserError if the data has more tokens than the model, if neither gives a number, or for
+    one that does not divide among the tensor-parallel processes. None: the data is not there.
+    """
+    own, path, parts = config.model.vocab_size, config.data.path, config.parallel.tensor
+    vocabulary = own or tokens
+    if vocabulary is None:
         raise UserError(
-            f"model.vocab_size={vocabulary} is less than the {dataset.vocab_size} tokens of "
-            f"{data.path}: leave it null to take the data's"
+            f"model.vocab_size is not set and there is no data at data.path={path} to take it "
+            "from: set it, or prepare the data"
+        )
+    if vocabulary < (tokens or 0):
+        raise UserError(
+            f"model.vocab_size={vocabulary} is less than the {tokens} tokens of "
+            f"{path}: leave it null to take the data's"
         )
     if vocabulary % parts:
-        source = f"{data.path} gives" if config.model.vocab_size is None else "the recipe sets"
+        source = f"{path} gives" if own is None else "the recipe sets"
         raise UserError(
             f"parallel.tensor={parts} does not divide the model.vocab_size={vocabulary} that "
             f"{source}: set model.vocab_size={-(-vocabulary // parts) * parts}, whose last rows "

@@ -17,8 +17,9 @@ import torch
 from ttt_megatron.config.schema import RunConfig
 from ttt_megatron.data.dataset import open_dataset
 from ttt_megatron.data.stream import TokenStream
-from ttt_megatron.errors import UserError
+from ttt_megatron.errors import PassingError
 from ttt_megatron.meta.chunk_graph import ChunkPrograms
+from ttt_megatron.meta.learner import Learner
 from ttt_megatron.parallel.groups import Groups, process_groups
 from ttt_megatron.parallel.meeting import Meeting
 from ttt_megatron.parallel.pipeline import own_stages
@@ -118,8 +119,7 @@ def build_trainer(config: RunConfig, groups: Groups, fresh: bool = False) -> Tra
     if checkpoint is not None:
         refuse_changes(read_config(checkpoint), config, str(checkpoint))
     _seed(training.seed)
-    slots = layer_slots(config.model, config.parallel)
-    learners = [build_learner(config, slots, stage) for stage in own_stages(config, groups)]
+    learners = build_learners(config, groups)
     norm = choose_norm(training.fused_norm, groups.device, compute_dtype(config))
     for learner in learners:
         norm.install(learner.model)
@@ -145,6 +145,15 @@ def build_trainer(config: RunConfig, groups: Groups, fresh: bool = False) -> Tra
         if groups.is_main:
             logger.info("going on from %s (step %d)", checkpoint, trainer.progress.step)
     return trainer
+
+
+def build_learners(config: RunConfig, groups: Groups) -> list[Learner]:
+    """This rank's parts of the model, freshly initialised on the CPU, in the order it takes them.
+
+    The model's vocabulary size must be known.
+    """
+    slots = layer_slots(config.model, config.parallel)
+    return [build_learner(config, slots, stage) for stage in own_stages(config, groups)]
 
 
 def _find_start(output: Path, fresh: bool) -> Path | None:
@@ -178,7 +187,7 @@ def _locked(output: Path) -> Iterator[None]:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             file.seek(0)
-            raise UserError(
+            raise PassingError(
                 f"process {file.read().strip() or '(unknown)'} is training in {output}: wait for "
                 f"it, or choose another training.output"
             ) from None

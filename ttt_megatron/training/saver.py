@@ -19,7 +19,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from ttt_megatron.config import to_yaml
 from ttt_megatron.config.schema import RunConfig
 from ttt_megatron.data.tokenizer import META_FILE, TOKENIZER_FILE
-from ttt_megatron.errors import UserError
+from ttt_megatron.errors import PassingError
 from ttt_megatron.parallel.standins import megatron_scope
 from ttt_megatron.training.background_write import BackgroundWrite, expect_results
 from ttt_megatron.training.checkpoint import RunParts, state_to_save
@@ -39,7 +39,7 @@ from ttt_megatron.training.checkpoint_folder import (
 from ttt_megatron.training.manifest import Entries
 
 
-class SaveError(UserError):
+class SaveError(PassingError):
     """A checkpoint that could not be written; the same on all ranks."""
 
 
@@ -171,9 +171,9 @@ class Saver:
         if error is not None:
             raise self._failure(final, f"rank 0: {error}")
 
-    def _failure(self, final: Path, causes: str, *, ends: bool = False) -> UserError:
+    def _failure(self, final: Path, causes: str, *, ends: bool = False) -> PassingError:
         """`ends` where not all ranks know, so that the run cannot go on."""
-        return (UserError if ends else SaveError)(
+        return (PassingError if ends else SaveError)(
             f"{final} could not be written ({causes}): see that {self._folder} has room and can "
             f"be written by every rank; the same command then goes on from the checkpoint before"
         )

@@ -43,6 +43,16 @@ def read_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     return {key.removeprefix(_PREFIX): tensor for key, tensor in tensors.items()}
 
 
+def stored_shapes(checkpoint: Path) -> dict[str, torch.Size]:
+    """Every parameter's whole shape by name, of a checkpoint folder; no values are read."""
+    entries = dcp.FileSystemReader(checkpoint / STATE).read_metadata().state_dict_metadata
+    return {
+        key.removeprefix(_PREFIX): entry.size
+        for key, entry in entries.items()
+        if key.startswith(_PREFIX) and isinstance(entry, TensorStorageMetadata)
+    }
+
+
 def refuse_other_parameters(names: set[str], checkpoint: Path) -> None:
     """Raises UserError unless a checkpoint folder's parameters have these names, and only these."""
     metadata = dcp.FileSystemReader(checkpoint / STATE).read_metadata().state_dict_metadata

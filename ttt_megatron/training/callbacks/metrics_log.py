@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ttt_megatron.training.callbacks.base import Callback
+from ttt_megatron.training.metrics_file import METRICS_FILE, read_metrics
 
 if TYPE_CHECKING:
     from ttt_megatron.training.records import StepRecord
     from ttt_megatron.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
-
-METRICS_FILE = "metrics.jsonl"
 
 
 class MetricsLog(Callback):
@@ -84,15 +83,3 @@ def _line(row: dict[str, Any]) -> str:
         for name, value in row.items()
     }
     return json.dumps(clean) + "\n"
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics file, oldest first; a last line that was cut off is left out."""
-    rows: list[dict[str, Any]] = []
-    if path.exists():
-        for line in path.read_text().splitlines():
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                break
-    return rows

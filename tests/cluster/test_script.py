@@ -1,0 +1,276 @@
+"""The script of a job: bash and shellcheck find nothing wrong, and it does what it should.
+
+What only a cluster can show is in test_real_slurm.py. Here srun, scontrol and scancel are small
+programs of the test, so that every end an attempt can have is tried within seconds.
+"""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from cluster.cluster_case import cpu_profile
+
+from ttt_megatron.cluster.profile import load_profile
+from ttt_megatron.cluster.script import Job, render
+
+AWKWARD = 'it\'s a "name" with $HOME and `date`'
+
+
+def _job(folder: Path, **changes) -> Job:
+    values = {
+        "name": "run",
+        "about": ["a run"],
+        "folder": folder / "run" / "slurm",
+        "work": folder,
+        "command": ["recipe.yaml", "optimizer.lr=1e-3"],
+        "python": "python",
+        "outputs": {0: folder / "run"},
+    }
+    return Job(**{**values, **changes})
+
+
+def _checked(text: str, folder: Path) -> str:
+    path = folder / "script"
+    path.write_text(text)
+    subprocess.run(["bash", "-n", str(path)], check=True)
+    if shutil.which("shellcheck"):
+        found = subprocess.run(
+            ["shellcheck", "--exclude=SC2016", str(path)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert found.returncode == 0, found.stdout
+    return text
+
+
+@pytest.mark.parametrize(("name", "nodes"), [("default", 16), ("container", 1), ("cpu", 2)])
+def test_scripts_of_the_profiles_are_sound(name, nodes, tmp_path):
+    profile = load_profile(name)
+    job = _job(tmp_path, nodes=nodes, processes=profile.processes)
+    text = _checked(render(job, profile), tmp_path)
+    assert f"#SBATCH --nodes={nodes}\n" in text
+    assert f"--nnodes {nodes} --nproc-per-node {profile.processes} --max-restarts 3\n" in text
+    assert ("#SBATCH --gpus-per-node=8\n" in text) == (name != "cpu")
+    assert ("--container-image=ttt-megatron.sqsh" in text) == (name == "container")
+    assert ("--label" in text) == (nodes > 1)
+    assert f"#SBATCH --signal=B:TERM@{profile.warning_seconds}\n" in text
+
+
+def test_everything_a_profile_can_say_is_in_the_script(tmp_path):
+    profile = cpu_profile(
+        **{"partition": "p", "account": "a", "qos": "q", "gpu_type": "h100", "gpus_per_node": 4},
+        **{"memory": "0", "venv": "/my venv", "modules": ["cuda/13", "nccl"]},
+        environment={"NCCL_SOCKET_IFNAME": AWKWARD},
+        sbatch_options=["--exclusive", "--constraint=ib"],
+        srun_options=["--mpi=none"],
+    )
+    text = _checked(render(_job(tmp_path, processes=4), profile), tmp_path)
+    for line in (
+        *("#SBATCH --partition=p", "#SBATCH --account=a", "#SBATCH --qos=q", "#SBATCH --mem=0"),
+        *("#SBATCH --gpus-per-node=h100:4", "#SBATCH --exclusive", "#SBATCH --constraint=ib"),
+        *("module load cuda/13", "module load nccl", "source '/my venv/bin/activate'"),
+    ):
+        assert f"\n{line}\n" in text
+    assert "--mpi=none" in text
+    exported = subprocess.run(
+        [
+            "bash",
+            "-c",
+            re.search(r"^export NCCL_SOCKET.*$", text, re.M).group()
+            + '\nprintf %s "$NCCL_SOCKET_IFNAME"',
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert exported == AWKWARD
+
+
+def test_a_container_sees_the_folders_that_the_run_needs(tmp_path):
+    profile = cpu_profile(container={"image": "i.sqsh", "mounts": ["/a:/b"]})
+    text = render(_job(tmp_path, mounts=[Path("/data")]), profile)
+    assert f"--container-mounts={tmp_path}:{tmp_path},/data:/data,/a:/b" in text
+    assert f"--container-workdir={tmp_path}" in text
+
+
+def test_awkward_words_reach_the_run_as_they_are(tmp_path):
+    cluster = _Cluster(
+        tmp_path, [f'printf "%s\\n" "$@" >{tmp_path}/words; echo finished >"$outcome"']
+    )
+    cluster.run(command=["recipe.yaml", f"name={AWKWARD}"])
+    assert f"name={AWKWARD}" in (tmp_path / "words").read_text().splitlines()
+
+
+TOOLS = {
+    "srun": 'exec bash "$SRUN_DOES" "$@"',
+    "scontrol": """case "$1" in
+        show) [[ $2 = job ]] && echo "   JobState=$STATE Reason=None D" ;;
+        requeue) echo "$2" >>"$CALLS" ;;
+    esac""",
+    "scancel": """echo "scancel $*" >>"$CALLS"
+        [[ $1 = --signal=TERM ]] && touch "$ASKED"
+        :""",
+}
+
+
+@dataclass
+class _Cluster:
+    """Runs a job's attempts; each in turn does one of the `attempts`, which are bash."""
+
+    folder: Path
+    attempts: list[str]
+    state: str = "RUNNING"
+    job: str = "7"
+
+    def __post_init__(self) -> None:
+        tools = self.folder / "tools"
+        tools.mkdir()
+        for name, text in TOOLS.items():
+            (tools / name).write_text(f"#!/bin/bash\n{text}\n")
+            (tools / name).chmod(0o755)
+        self.tools = tools
+        self.calls = self.folder / "calls"
+
+    def start(self, number: int, **changes) -> subprocess.Popen[str]:
+        job = _job(self.folder, **changes)
+        job.folder.mkdir(parents=True, exist_ok=True)
+        profile = cpu_profile(max_fruitless_requeues=2, backoff_seconds=0)
+        script, does = self.folder / "job.sbatch", self.folder / f"does-{number}"
+        script.write_text(render(job, profile))
+        outcome = job.folder / f"{self.job}.{number + 1}.outcome"
+        saved = f"{self.folder}/run/checkpoints/step-$1"
+        step = f"save() {{ mkdir -p {saved}; touch {saved}/manifest.json; }}"
+        does.write_text(f"outcome={outcome}\n{step}\n{self.attempts[number]}\n")
+        return subprocess.Popen(
+            ["bash", str(script)],
+            env={
+                **os.environ,
+                "PATH": f"{self.tools}:{os.environ['PATH']}",
+                "SLURM_JOB_ID": self.job,
+                "SLURM_RESTART_COUNT": str(number),
+                "SLURM_JOB_NODELIST": "n1",
+                "SRUN_DOES": str(does),
+                "STATE": self.state,
+                "CALLS": str(self.calls),
+                "ASKED": str(self.folder / "asked"),
+                **({"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_JOB_ID": "5"} if job.array else {}),
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def run(self, **changes) -> tuple[list[int], str]:
+        """Exit statuses and the log of all attempts, one after the other while it is requeued."""
+        statuses, log = [], ""
+        for number in range(len(self.attempts)):
+            process = self.start(number, **changes)
+            printed, _ = process.communicate(timeout=60)
+            statuses.append(process.returncode)
+            log += printed
+            calls = self.calls.read_text().splitlines() if self.calls.exists() else []
+            if calls.count(self.job) == number:
+                break
+        return statuses, log
+
+
+def test_failures_are_tried_again_while_there_are_new_checkpoints(tmp_path):
+    attempts = ["exit 1", "save 00000010; exit 1", "exit 1", "exit 9", "exit 1", "save 00000020"]
+    statuses, log = _Cluster(tmp_path, attempts).run()
+    # Two failures in a row are borne, the third ends it; the new checkpoint began the count anew.
+    assert statuses == [0, 0, 0, 0, 1]
+    assert "1 of 2 times; waiting for 0 seconds" in log
+    assert "failed (exit status 1); queued again, to go on from step 10" in log
+    assert (
+        "given up: 3 attempts in a row ended without a new checkpoint (exit status 1, step 10)"
+        in log
+    )
+
+
+def test_a_folder_that_is_not_whole_is_no_progress(tmp_path):
+    whole = (
+        "mkdir -p {0}/run/checkpoints/step-00000010.tmp-1 {0}/run/checkpoints/step-00000020; exit 1"
+    )
+    _, log = _Cluster(tmp_path, [whole.format(tmp_path), "exit 1"]).run()
+    assert "from step 0:" in log
+    assert "without a new checkpoint, 1 of 2 times" in log
+
+
+@pytest.mark.parametrize(
+    ("does", "status", "said"),
+    [
+        ('save 00000060; echo finished >"$outcome"', 0, "finished: step 60"),
+        ('echo refused rank 1: no data >"$outcome"; exit 1', 2, "come of it: rank 1: no data"),
+    ],
+)
+def test_an_end_for_good_is_never_tried_again(does, status, said, tmp_path):
+    cluster = _Cluster(tmp_path, [does, "exit 1"])
+    statuses, log = cluster.run()
+    assert statuses == [status]
+    assert said in log
+    assert not cluster.calls.exists()
+
+
+def _ask(cluster: _Cluster) -> tuple[int, str]:
+    process = cluster.start(0)
+    deadline = time.monotonic() + 60
+    while not (cluster.folder / "started").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    printed, _ = process.communicate(timeout=60)
+    return process.returncode, printed
+
+
+SAVES = 'touch {0}/started; until [[ -e "$ASKED" ]]; do sleep 0.02; done; save 00000010; exit 1'
+
+
+def test_the_warning_reaches_the_run_and_the_job_is_queued_again(tmp_path):
+    cluster = _Cluster(tmp_path, [SAVES.format(tmp_path)])
+    status, log = _ask(cluster)
+    assert status == 0
+    assert cluster.calls.read_text().splitlines() == ["scancel --signal=TERM 7", "7"]
+    assert "asked to end: the run saves after its current step" in log
+    assert "stopped at step 10, as asked; queued again, to go on from step 10" in log
+    assert (tmp_path / "run" / "slurm" / "7.state").read_text() == "10 0 requeued 1\n"
+
+
+@pytest.mark.parametrize("mark", ["cancelled", None])
+def test_a_cancelled_job_is_not_queued_again(mark, tmp_path):
+    """By `ttt-megatron cancel`, or by scancel, after which Slurm calls the job COMPLETING."""
+    cluster = _Cluster(
+        tmp_path, [SAVES.format(tmp_path)], state="RUNNING" if mark else "COMPLETING"
+    )
+    if mark:
+        folder = tmp_path / "run" / "slurm"
+        folder.mkdir(parents=True)
+        (folder / "7.cancelled").touch()
+    status, log = _ask(cluster)
+    assert status == 143
+    assert "7" not in cluster.calls.read_text().splitlines()
+    assert ("cancelled; the same recipe" if mark else "Slurm is ending the job (COMPLETING") in log
+
+
+def test_a_task_of_an_array_goes_by_its_exit_status(tmp_path):
+    changes = {
+        "array": "2-3%1",
+        "torchrun": False,
+        "command": ["sweep", "s.yaml", "--only-index"],
+        "raw": ['"$SLURM_ARRAY_TASK_ID"'],
+        "outputs": {2: tmp_path / "run", 3: tmp_path / "other"},
+    }
+    words = f'echo "${{*: -1}}" >>{tmp_path}/words; exit '
+    cluster = _Cluster(tmp_path, [words + "1", words + "2", words + "0"])
+    statuses, log = cluster.run(**changes)
+    assert statuses == [0, 2]
+    assert (tmp_path / "words").read_text() == "3\n3\n"
+    assert (tmp_path / "run" / "slurm" / "5_3.state").read_text() == "0 2 refused 2\n"
+    assert "not tried again, as the same would come of it: see the error above" in log
+    _checked((tmp_path / "job.sbatch").read_text(), tmp_path)

@@ -1,0 +1,40 @@
+"""torchrun on a node, asked to end."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+NODE = [sys.executable, "-m", "ttt_megatron.parallel.node", "--nnodes", "1", "--nproc-per-node"]
+NODE += ["2", "--max-restarts", "3", "--shutdown-timeout", "60", "--no-python"]
+SAVES = "trap 'sleep 2; touch saved-$RANK; exit 143' TERM; touch begun-$RANK; "
+SAVES += "while :; do sleep 0.1; done"
+
+
+def test_asked_twice_it_waits_for_its_processes_and_succeeds(tmp_path: Path) -> None:
+    node = subprocess.Popen([*NODE, "bash", "-c", SAVES], cwd=tmp_path)
+    deadline = time.monotonic() + 200
+    while len(list(tmp_path.glob("begun-*"))) < 2:
+        assert node.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    for _ in range(2):
+        node.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+    assert node.wait(timeout=60) == 0
+    assert len(list(tmp_path.glob("saved-*"))) == 2
+
+
+def test_a_process_that_fails_is_started_again_and_named(tmp_path: Path) -> None:
+    fails = 'echo x >>started-$RANK; [ "$RANK" = 0 ] || exit 7; exec sleep 100'
+    node = subprocess.run(
+        [*NODE, "bash", "-c", fails], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert node.returncode == 1
+    assert "rank 1 failed (exit status 7)" in node.stderr
+    assert (tmp_path / "started-1").read_text() == "x\n" * 4
