@@ -10,7 +10,7 @@ import pytest
 from mlflow.tracking import MlflowClient
 from small_run import losses, small_run
 
-from ttt_megatron.training.callbacks.tracking import tracking_uri
+from ttt_megatron.tracking.store import tracking_uri
 from ttt_megatron.training.run import run_training
 
 

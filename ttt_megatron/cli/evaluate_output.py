@@ -107,7 +107,7 @@ def publish(
 
 def _log(model: LoadedModel, metrics: Mapping[str, float], files: list[Path]) -> None:
     from ttt_megatron.evaluation.tracking import log_evaluation
-    from ttt_megatron.training.callbacks.tracking import read_tracking
+    from ttt_megatron.tracking.state import read_tracking
 
     tracked = read_tracking(model.run_folder)
     if tracked:

@@ -4,9 +4,11 @@ import argparse
 import gc
 import os
 import sys
+from pathlib import Path
 
 from ttt_megatron.config import RunConfig, load_recipe
 from ttt_megatron.parallel.launcher import WorkerError, launch, naming_rank, under_torchrun
+from ttt_megatron.tracking.run_tags import RECIPE_VARIABLE
 from ttt_megatron.training.result import TrainingResult
 
 NAME = "train"
@@ -47,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _train(args: argparse.Namespace) -> int:
     config = load_recipe(args.recipe, args.overrides)
+    os.environ[RECIPE_VARIABLE] = str(Path(args.recipe).resolve())
     # torch takes seconds to import: not before the recipe is known to be good.
     from ttt_megatron.training.preflight import check_start, resolve_run
 
@@ -64,9 +67,10 @@ def _train(args: argparse.Namespace) -> int:
         return EXIT_SIGNAL_BASE + result.stop_signal
     print(f"trained {result.step} of {result.steps} steps, last loss {result.last_loss:.4f}")
     print(f"checkpoint  {result.checkpoint}")
-    if result.tracking_store is not None:
+    if result.tracking_run is not None:
         print(f"MLflow      {result.tracking_store}  (run {result.tracking_run})")
-        print(f"            mlflow ui --backend-store-uri {result.tracking_store}")
+        if "://" in str(result.tracking_store) and "http" not in str(result.tracking_store)[:5]:
+            print(f"            mlflow ui --backend-store-uri {result.tracking_store}")
     print(f"next        ttt-megatron evaluate {config.training.output}")
     return 0
 

@@ -2,10 +2,11 @@
 
 import logging
 import math
-import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from ttt_megatron.tracking.store import in_words, open_client
 
 logger = logging.getLogger(__name__)
 
@@ -20,16 +21,10 @@ def log_evaluation(
     Never raises for what MLflow, its store or the network does: it warns, and the files stay where
     they are.
     """
-    # A server that is down is to be noticed within seconds; MLflow would try for minutes.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    for noisy in ("alembic", "mlflow"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         from mlflow.entities import Metric
-        from mlflow.tracking import MlflowClient
 
-        client = MlflowClient(tracking_uri=uri)
+        client = open_client(uri)
         now = int(time.time() * 1000)
         finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
         client.log_batch(
@@ -39,9 +34,6 @@ def log_evaluation(
         for path in files:
             client.log_artifact(run_id, str(path), _FOLDER)
     except Exception as error:
-        reason = (str(error).splitlines() or [""])[0]
-        logger.warning(
-            "MLflow at %s did not take the evaluation (%s: %s)", uri, type(error).__name__, reason
-        )
+        logger.warning("MLflow at %s did not take the evaluation (%s)", uri, in_words(error))
         return False
     return True

@@ -22,7 +22,7 @@ from ttt_megatron.exchange.model_card import CardFacts, model_card
 from ttt_megatron.exchange.verify_export import Comparison, compare_with_checkpoint
 from ttt_megatron.hf.configuration_ttt_e2e import TTTE2EConfig
 from ttt_megatron.hf.state_ttt_e2e import base_hash
-from ttt_megatron.training.callbacks.tracking import read_tracking
+from ttt_megatron.tracking.state import read_tracking
 from ttt_megatron.training.checkpoint_folder import (
     CHECKPOINTS,
     INFO,

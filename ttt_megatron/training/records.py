@@ -11,7 +11,7 @@ class StepRecord:
     """One finished outer step.
 
     `step` counts steps done, this one included; `tokens` and `model_flops` are the whole global
-    batch's, `seconds` this rank's wall time.
+    batch's, `seconds` this rank's wall time, `memory` its bytes.
     """
 
     step: int
@@ -19,6 +19,7 @@ class StepRecord:
     update: Update
     inner_lr: float
     seconds: float
+    memory: float
     tokens: int
     model_flops: float
 
@@ -31,6 +32,7 @@ class StepRecord:
             "inner_learning_rate": self.inner_lr,
             "tokens_per_second": self.tokens / self.seconds,
             "model_flops_per_second": self.model_flops / self.seconds,
+            "memory_bytes": self.memory,
             "skipped": float(not self.update.applied),
         }
         return {name: value for name, value in values.items() if value is not None}

@@ -23,10 +23,12 @@ from ttt_megatron.parallel.meeting import Meeting
 from ttt_megatron.parallel.pipeline import own_stages
 from ttt_megatron.parallel.replica import layer_slots
 from ttt_megatron.tracing import start_trace, stop_trace
+from ttt_megatron.tracking.journal import JOURNAL_FILE
+from ttt_megatron.tracking.state import TRACKING_FILE
+from ttt_megatron.tracking.store import tracking_uri
 from ttt_megatron.training.agreement import own_facts, require_agreement
 from ttt_megatron.training.callbacks import build_callbacks
 from ttt_megatron.training.callbacks.metrics_log import METRICS_FILE
-from ttt_megatron.training.callbacks.tracking import TRACKING_FILE, tracking_uri
 from ttt_megatron.training.checkpoint import RunParts, load_checkpoint
 from ttt_megatron.training.checkpoint_folder import CHECKPOINTS, read_config, sweep
 from ttt_megatron.training.engines import build_engine
@@ -45,7 +47,8 @@ logger = logging.getLogger(__name__)
 
 _LOCK_FILE = ".lock"
 TRACE_FOLDER = "trace"
-_BELONGS_TO_A_RUN = (CHECKPOINTS, METRICS_FILE, TRACKING_FILE, TRACE_FOLDER, "*.png")
+_TRACKED = (TRACKING_FILE, JOURNAL_FILE, "dashboard.html")
+_BELONGS_TO_A_RUN = (CHECKPOINTS, METRICS_FILE, *_TRACKED, TRACE_FOLDER, "*.png")
 
 
 class _StderrHandler(logging.StreamHandler[TextIO]):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import time
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ METRICS_FILE = "metrics.jsonl"
 class MetricsLog(Callback):
     """Appends to `output/metrics.jsonl`; numbers read back as the very same floats.
 
-    A resumed run first cuts the file after its checkpoint's step, so that no step stands twice.
+    `time` is the row's, in seconds since 1970. A resumed run first cuts the file after its checkpoint's step, so that no step stands twice.
     """
 
     def __init__(self, output: Path) -> None:
@@ -50,7 +51,7 @@ class MetricsLog(Callback):
 
     def _write(self, row: dict[str, Any]) -> None:
         if self._file is not None:
-            self._file.write(_line(row))
+            self._file.write(_line({**row, "time": time.time()}))
             self._file.flush()
 
 
