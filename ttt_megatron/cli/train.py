@@ -69,7 +69,7 @@ def _train(args: argparse.Namespace) -> int:
     print(f"checkpoint  {result.checkpoint}")
     if result.tracking_run is not None:
         print(f"MLflow      {result.tracking_store}  (run {result.tracking_run})")
-        if "://" in str(result.tracking_store) and "http" not in str(result.tracking_store)[:5]:
+        if not str(result.tracking_store).startswith("http"):
             print(f"            mlflow ui --backend-store-uri {result.tracking_store}")
     print(f"next        ttt-megatron evaluate {config.training.output}")
     return 0

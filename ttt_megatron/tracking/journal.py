@@ -11,6 +11,7 @@ import fcntl
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.records = 0
+        self.events: Counter[str] = Counter()
         self._steps: dict[str, StepSet] = {}
         path.touch()
         with self._locked() as file:
@@ -92,8 +93,9 @@ class Journal:
         return {**record, "values": values} if values else None
 
     def _note(self, record: Record) -> None:
-        self.records += 1
-        if record.get("kind") == METRICS:
+        if record["kind"] == EVENT:
+            self.events[record["event"]] += 1
+        if record["kind"] == METRICS:
             for name in record["values"]:
                 self._steps.setdefault(name, StepSet()).add(record["step"])
 

@@ -59,7 +59,7 @@ def _slurm() -> dict[str, str]:
 def _hardware() -> dict[str, str]:
     import torch
 
-    tags = {"torch": torch.__version__}
+    tags = {"torch": str(torch.__version__)}
     if torch.cuda.is_available():
         tags["gpu"] = torch.cuda.get_device_name()
     return tags

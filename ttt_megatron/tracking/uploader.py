@@ -159,7 +159,7 @@ class Uploader:
         except BlockingIOError:
             file.close()
             raise UserError(
-                f"another process uploads {self._output} just now, perhaps its training: wait for it"
+                f"another process, perhaps its training, uploads {self._output} now: wait for it"
             ) from None
         except OSError:
             pass  # a file system without locks

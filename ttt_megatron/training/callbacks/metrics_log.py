@@ -21,7 +21,8 @@ METRICS_FILE = "metrics.jsonl"
 class MetricsLog(Callback):
     """Appends to `output/metrics.jsonl`; numbers read back as the very same floats.
 
-    `time` is the row's, in seconds since 1970. A resumed run first cuts the file after its checkpoint's step, so that no step stands twice.
+    A row's `time` is in seconds since 1970. A resumed run first cuts the file after its
+    checkpoint's step, so that no step stands twice.
     """
 
     def __init__(self, output: Path) -> None:

@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 _WRITE_SECONDS = 10.0
 _CLOSE_SECONDS = 30.0
+_STARTED, _RESUMED, _SAVED = "started", "resumed", "saved"
 _ARTIFACTS = ("*.png", "dashboard.html")
 
 
@@ -54,8 +55,9 @@ class MlflowTracking(Callback):
         grown = threading.Event()
         path = self._output / JOURNAL_FILE
         try:
-            records = self._first_records(path, trainer)
-            self._recorder = Recorder(Journal(path), grown)
+            written = Journal(path)
+            records = self._first_records(written, trainer)
+            self._recorder = Recorder(written, grown)
         except (OSError, TypeError, KeyError) as error:
             logger.warning("%s: %s; this run is not logged to MLflow", path, error)
             return
@@ -76,7 +78,7 @@ class MlflowTracking(Callback):
 
     def on_checkpoint(self, trainer: Trainer, path: Path) -> None:
         """Takes the newest checkpoint's path."""
-        self._put(_event("saved", trainer.progress.step))
+        self._put(_event(_SAVED, trainer.progress.step))
         self._put(_tags({"checkpoint": str(path.resolve())}))
 
     def on_end(self, trainer: Trainer) -> None:
@@ -105,19 +107,23 @@ class MlflowTracking(Callback):
         if self._recorder is not None:
             self._recorder.put(record)
 
-    def _first_records(self, path: Path, trainer: Trainer) -> list[Record]:
+    def _first_records(self, written: Journal, trainer: Trainer) -> list[Record]:
         """What a journal lacks when its run begins or goes on."""
-        header, step = read_header(path), trainer.progress.step
+        header, step = read_header(written.path), trainer.progress.step
         records: list[Record] = []
+        restarts = written.events[_STARTED] + written.events[_RESUMED]
         if header is None:
             header = new_header(self._config, lineage_of_start(self._config))
             records += [to_record(header), *settings_records(self._config)]
+        else:
+            records.append(settings_text(self._config))
         trainer.lineage = header.lineage
         trainer.tracking_run = self._uploader.run_id
         state = read_state(self._output)
         if state is None or state.sent is not None:  # else all was logged, without a journal
             records += rows_as_records(read_metrics(self._output / METRICS_FILE), now_ms())
-        records.append(_event("resumed" if step else "started", step))
+        records.append(_event(_RESUMED if step else _STARTED, step))
+        records.append(_tags({"restarts": str(restarts)}))
         return [*records, _status("RUNNING")]
 
 
@@ -125,8 +131,13 @@ def settings_records(config: RunConfig) -> list[Record]:
     """A run's settings, as parameters and as a recipe."""
     return [
         {"kind": journal.PARAMETERS, "values": {k: str(v) for k, v in to_flat(config).items()}},
-        {"kind": journal.TEXT, "path": "run.yaml", "text": to_yaml(config)},
+        settings_text(config),
     ]
+
+
+def settings_text(config: RunConfig) -> Record:
+    """The settings as a recipe; unlike parameters, MLflow lets it be replaced."""
+    return {"kind": journal.TEXT, "path": "run.yaml", "text": to_yaml(config)}
 
 
 def _tags(values: dict[str, str]) -> Record:
