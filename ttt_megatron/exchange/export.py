@@ -73,8 +73,7 @@ class _Source:
 
     @property
     def run_folder(self) -> Path:
-        parent = self.checkpoint.parent
-        return parent.parent if parent.name == CHECKPOINTS else parent
+        return run_folder_of(self.checkpoint)
 
 
 def export_checkpoint(
@@ -130,6 +129,12 @@ def export_checkpoint(
         hash=digest,
         comparison=comparison,
     )
+
+
+def run_folder_of(checkpoint: Path) -> Path:
+    """The folder of the run that a checkpoint's folder belongs to."""
+    parent = checkpoint.parent
+    return parent.parent if parent.name == CHECKPOINTS else parent
 
 
 def _read(source: Path) -> _Source:

@@ -18,7 +18,6 @@ _SECRET_VARIABLES = ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
 _SQLITE = "sqlite:///"
 # MLflow's own values would have it try for minutes.
 _REQUESTS = {
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
@@ -40,9 +39,10 @@ def _with_secrets(uri: str) -> str:
     return chosen if chosen and without_secrets(chosen) == uri else uri
 
 
-def open_client(uri: str) -> Any:
+def open_client(uri: str, *, timeout: int = 10) -> Any:
     """An MlflowClient that notices within seconds that a server is down; `uri` as `tracking_uri`
-    gives it."""
+    gives it. `timeout` in seconds, unless MLFLOW_HTTP_REQUEST_TIMEOUT says otherwise."""
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(timeout))
     for name, value in _REQUESTS.items():
         os.environ.setdefault(name, value)
     from mlflow.tracking import MlflowClient

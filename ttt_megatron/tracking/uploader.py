@@ -71,6 +71,8 @@ class Uploader:
 
         Raises whatever MLflow raises; the same records are then sent again.
         """
+        if not self._journal.exists() or not self._journal.stat().st_size:
+            return False  # the run has only just begun
         try:
             state = self._opened()
             start = state.sent or 0

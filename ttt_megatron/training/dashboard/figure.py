@@ -117,6 +117,8 @@ def _loss(axis: "Axes", history: RunHistory) -> None:
 def _gradient(axis: "Axes", history: RunHistory) -> None:
     if _curve(axis, history, "grad_norm", "before clipping"):
         axis.set_yscale("log")
+        for formatted in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+            formatted(lambda value, _: f"{value:g}")
     clip = history.config.optimizer.clip_grad
     if clip:
         axis.axhline(clip, color="black", linewidth=0.8, linestyle=":", label=f"clip {clip:g}")
@@ -126,7 +128,7 @@ def _gradient(axis: "Axes", history: RunHistory) -> None:
 def _learning_rate(axis: "Axes", history: RunHistory) -> None:
     _curve(axis, history, "learning_rate")
     axis.set_title("Learning rate", fontsize=10)
-    axis.ticklabel_format(axis="y", style="sci", scilimits=(-3, 4))
+    axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
 
 
 def _inner_rate(axis: "Axes", history: RunHistory) -> None:
@@ -155,12 +157,15 @@ def _tokens(axis: "Axes", history: RunHistory) -> None:
 
 
 def _flops(axis: "Axes", history: RunHistory) -> None:
+    from matplotlib.ticker import EngFormatter
+
     if history.peak_flops is not None:
         _curve(axis, history, "model_flops_per_second", scale=100 / history.peak_flops)
         axis.set_title("MFU, % (of all GPUs' peak)", fontsize=10)
     else:
-        _curve(axis, history, "model_flops_per_second", scale=1e-12)
-        axis.set_title("Model TFLOP/s (peak not known)", fontsize=10)
+        _curve(axis, history, "model_flops_per_second")
+        axis.yaxis.set_major_formatter(EngFormatter())
+        axis.set_title("Model FLOP/s (peak not known)", fontsize=10)
     axis.set_ylim(bottom=0)
 
 
@@ -189,6 +194,7 @@ def _by_position(axis: "Axes", history: RunHistory) -> None:
             label=f"inner steps {name}" if name in ("on", "off") else name,
         )
     axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     step = report.about.get("step")
     axis.set_xlabel(
         "position" if step is None else f"position (evaluated at step {step})", fontsize=8

@@ -56,6 +56,8 @@ def _html(history: RunHistory, picture: str) -> str:
     facts = "".join(
         f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in _facts(history)
     )
+    # MLflow's own tags say what others say.
+    tags = {key: value for key, value in history.tags.items() if not key.startswith("mlflow.")}
     settings = {key: str(value) for key, value in to_flat(history.config).items()}
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -64,7 +66,7 @@ def _html(history: RunHistory, picture: str) -> str:
         "content=\"default-src 'none'; style-src 'unsafe-inline'\">"
         f"<title>{name}</title><style>{_STYLE}</style></head><body>\n"
         f"<h1>{name}</h1>\n<dl>{facts}</dl>\n{picture}\n"
-        f'<div class="tables">{_table("Tags", history.tags)}{_table("Settings", settings)}</div>\n'
+        f'<div class="tables">{_table("Tags", tags)}{_table("Settings", settings)}</div>\n'
         "</body></html>\n"
     )
 
