@@ -59,8 +59,9 @@ class Journal:
         with self._locked() as file:
             end = file.seek(0, os.SEEK_END)
             try:
-                file.write(data)
-                file.flush()
+                rest = memoryview(data)
+                while rest:  # a full disk takes a part, and refuses the next
+                    rest = rest[file.write(rest) :]
                 os.fsync(file.fileno())
             except OSError:
                 file.truncate(end)
