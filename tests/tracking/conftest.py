@@ -1,6 +1,7 @@
 """Stores and journals for tests of the tracking."""
 
 import itertools
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +19,11 @@ _numbers = itertools.count()
 
 
 @pytest.fixture(scope="session")
-def store(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A store in SQLite, which takes seconds to make; tests have experiments of their own there."""
-    return f"sqlite:///{tmp_path_factory.mktemp('store') / 'mlflow.db'}"
+def store(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> str:
+    """A store in SQLite; tests have experiments of their own there."""
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    shutil.copy(empty_store, path)
+    return f"sqlite:///{path}"
 
 
 @dataclass

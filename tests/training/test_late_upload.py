@@ -21,11 +21,13 @@ def _history(client: MlflowClient, run: str) -> list[tuple[int, float]]:
 def test_offline_stages_killed_and_uploaded_later(
     data: Path,
     tmp_path: Path,
+    empty_store: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
     one, two = tmp_path / "one", tmp_path / "two"
     settings = {"tracking__mlflow": True, "tracking__offline": True}
     config = small_run(data, one, training__save_interval=2, **settings)
@@ -64,9 +66,14 @@ def test_offline_stages_killed_and_uploaded_later(
 
 
 def test_a_run_without_mlflow_is_uploaded_from_its_metrics(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    data: Path,
+    tmp_path: Path,
+    empty_store: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
     run = tmp_path / "run"
     run_training(small_run(data, run))
     assert not (run / "tracking.jsonl").exists()
