@@ -125,7 +125,12 @@ def read_records(path: Path, start: int, limit: int | None = None) -> tuple[list
 
 def metrics_record(values: Mapping[str, float], step: int, time_ms: int) -> Record:
     """Figures of a step."""
-    return {"kind": METRICS, "step": step, "time": time_ms, "values": dict(values)}
+    return {
+        "kind": METRICS,
+        "step": step,
+        "time": time_ms,
+        "values": {name: float(value) for name, value in values.items()},
+    }
 
 
 def _end_of_lines(path: Path) -> int:

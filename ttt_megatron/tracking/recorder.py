@@ -82,6 +82,9 @@ class Recorder:
                 self._pending = self._pending[-_QUEUE_SIZE:]
                 if not ended:
                     self._closing.wait(_RETRY_SECONDS)
+            except (TypeError, ValueError) as error:  # no JSON: it will not be another time either
+                self._warn(f"some records cannot be written ({error})")
+                self._pending = []
 
     def _take(self) -> bool:
         """Waits for an item; all that are queued become pending. Whether the end was among them."""

@@ -61,8 +61,8 @@ class MlflowTracking(Callback):
         except (OSError, TypeError, KeyError) as error:
             logger.warning("%s: %s; this run is not logged to MLflow", path, error)
             return
-        for record in records:
-            self._recorder.put(record)
+        # In one go: a long run's are more than the queue takes.
+        self._recorder.put(lambda: records)
         self._recorder.put(lambda: [_tags({**run_tags(self._config), **trainer.implementations})])
         if not self._config.tracking.offline:
             self._thread = UploadThread(self._uploader, grown, path)
