@@ -80,7 +80,7 @@ class Uploader:
             if stop == start:
                 return False
             outcome = deliver(self._client, state.run_id, records, self._output)
-            if outcome.refused and self._gone(state.run_id):
+            if outcome.refused and _is_gone(self._client, state.run_id):
                 self._client = None
                 return self.upload_piece()
             if self._parent and any(record["kind"] == STATUS for record in records):
@@ -137,8 +137,7 @@ class Uploader:
         client = open_client(self.uri)
         self._experiment = experiment_id(client, self.uri, header.experiment)
         state = self._state
-        self._client = client
-        if state is not None and self._gone(state.run_id):
+        if state is not None and _is_gone(client, state.run_id):
             logger.warning("MLflow run %s is gone from %s", state.run_id, self.uri)
             state = None
         if state is None:
@@ -149,6 +148,8 @@ class Uploader:
             client.set_tag(state.run_id, KEY, header.key)
         self._keep(state)
         self._parent = join_family(client, self._experiment, state.run_id, header)
+        # Last of all: what failed on the way here is done again.
+        self._client = client
         return state
 
     def _take_lock(self) -> None:
@@ -180,13 +181,14 @@ class Uploader:
         )
         return str(made.info.run_id)
 
-    def _gone(self, run: str) -> bool:
-        """Whether the store says that there is no such run; not whether it cannot be asked."""
-        from mlflow.exceptions import MlflowException
 
-        try:
-            return bool(self._client.get_run(run).info.lifecycle_stage != "active")
-        except MlflowException as error:
-            if error.error_code == _GONE:
-                return True
-            raise
+def _is_gone(client: Any, run: str) -> bool:
+    """Whether the store says that there is no such run; not whether it cannot be asked."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return bool(client.get_run(run).info.lifecycle_stage != "active")
+    except MlflowException as error:
+        if error.error_code == _GONE:
+            return True
+        raise

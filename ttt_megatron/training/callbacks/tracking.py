@@ -78,7 +78,8 @@ class MlflowTracking(Callback):
 
     def on_checkpoint(self, trainer: Trainer, path: Path) -> None:
         """Takes the newest checkpoint's path."""
-        self._put(_event(_SAVED, trainer.progress.step))
+        # Not the trainer's step, which is a later one where saves take place beside the training.
+        self._put(_event(_SAVED, int(path.name.rpartition("-")[2])))
         self._put(_tags({"checkpoint": str(path.resolve())}))
 
     def on_end(self, trainer: Trainer) -> None:
@@ -99,7 +100,11 @@ class MlflowTracking(Callback):
         if self._thread is not None:
             self._thread.close(self._patience)
         trainer.tracking_run = self._uploader.run_id
-        left = self._uploader.left()
+        try:
+            left = self._uploader.left()
+        except OSError as error:
+            logger.warning("%s cannot be read (%s)", self._output / JOURNAL_FILE, error)
+            return
         if left.records:
             logger.warning("MLflow: %s still to upload: ttt-megatron upload %s", left, self._output)
 
