@@ -127,7 +127,7 @@ def _check_whole(client: MlflowClient, training: Training, restarts: int) -> Any
 
 def test_mlflow_takes_equal_metrics_as_one(server: Server) -> None:
     client = MlflowClient(tracking_uri=server.uri)
-    run = client.create_run(client.create_experiment("equal")).info.run_id
+    run = client.create_run(client.create_experiment(f"equal-{server.port}")).info.run_id
     both = [Metric("loss", 1 / 3, 1000, 1), Metric("loss", 2 / 3, 2000, 2)]
     for _ in range(3):
         client.log_batch(run, metrics=both)
