@@ -91,12 +91,23 @@ class TrainedRun:
 
 
 @pytest.fixture(scope="session")
-def trained_run(tmp_path_factory: pytest.TempPathFactory) -> TrainedRun:
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A new MLflow database, which takes seconds to make, to be copied."""
+    from ttt_megatron.tracking.store import open_client
+
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    open_client(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture(scope="session")
+def trained_run(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> TrainedRun:
     """Random words at byte level, a model of 2 blocks, 4 steps, tracked by MLflow. Read only."""
     from ttt_megatron.data.prepare import PrepareOptions, prepare
     from ttt_megatron.training.run import run_training
 
     root = tmp_path_factory.mktemp("trained")
+    shutil.copy(empty_store, root / "mlflow.db")
     source, data = root / "text", root / "data"
     source.mkdir()
     generator = random.Random(3)

@@ -4,7 +4,7 @@ import pytest
 
 from ttt_megatron.cli.main import main
 from ttt_megatron.evaluation.report import read_report
-from ttt_megatron.training.callbacks.tracking import read_tracking
+from ttt_megatron.tracking.state import read_tracking
 
 
 @pytest.fixture(scope="module")

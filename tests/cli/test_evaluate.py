@@ -10,7 +10,7 @@ from ttt_megatron.cli.main import main
 from ttt_megatron.data.dataset import open_dataset
 from ttt_megatron.data.validation import validation_sequences
 from ttt_megatron.evaluation.report import read_report
-from ttt_megatron.training.callbacks.tracking import read_tracking
+from ttt_megatron.tracking.state import read_tracking
 from ttt_megatron.training.weights import load_learner
 
 

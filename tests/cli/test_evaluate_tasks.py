@@ -5,7 +5,7 @@ import json
 import pytest
 
 from ttt_megatron.cli.main import main
-from ttt_megatron.training.callbacks.tracking import read_tracking
+from ttt_megatron.tracking.state import read_tracking
 
 
 def evaluate(*arguments):

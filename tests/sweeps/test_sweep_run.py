@@ -19,8 +19,8 @@ from ttt_megatron.sweeps.run import read_states
 from ttt_megatron.sweeps.state import read_state, resolve_points
 from ttt_megatron.sweeps.tables import as_csv, write_results
 from ttt_megatron.sweeps.tracking import track_points
+from ttt_megatron.tracking.state import read_tracking
 from ttt_megatron.training.callbacks.metrics_log import METRICS_FILE
-from ttt_megatron.training.callbacks.tracking import read_tracking
 
 
 @pytest.fixture(scope="module")

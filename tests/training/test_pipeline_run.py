@@ -51,7 +51,8 @@ def _halfway(run: Path, target: Path) -> Path:
 def _rows(run: Path) -> list[dict[str, float]]:
     """All figures but the times, and but the share that is kept in single precision."""
     rows = [json.loads(line) for line in (run / METRICS_FILE).read_text().splitlines()]
-    own = ("seconds", "tokens_per_second", "model_flops_per_second", "clipped_share")
+    own = ("time", "seconds", "tokens_per_second", "model_flops_per_second", "memory_bytes")
+    own = (*own, "clipped_share")
     return [{name: value for name, value in row.items() if name not in own} for row in rows]
 
 

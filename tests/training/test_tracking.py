@@ -10,7 +10,7 @@ import pytest
 from mlflow.tracking import MlflowClient
 from small_run import losses, small_run
 
-from ttt_megatron.training.callbacks.tracking import tracking_uri
+from ttt_megatron.tracking.store import tracking_uri
 from ttt_megatron.training.run import run_training
 
 
@@ -40,7 +40,7 @@ def test_a_resumed_run_continues_its_mlflow_run(
     wanted |= {"grad_norm", "learning_rate", "inner_learning_rate", "tokens_per_second"}
     assert wanted <= run.data.metrics.keys()
     artifacts = {file.path for file in client.list_artifacts(first.tracking_run)}
-    assert artifacts == {"run.yaml", "loss.png"}
+    assert artifacts == {"run.yaml", "loss.png", "dashboard.html", "dashboard.png"}
     info = json.loads((Path(str(second.checkpoint)) / "info.json").read_text())
     assert info["tracking_run"] == first.tracking_run
 

@@ -97,7 +97,7 @@ def _write(comparison: "Comparison", folder: Path, title: str) -> list[Path]:
 
 def _log(comparison: "Comparison", run_folder: Path, files: list[Path]) -> None:
     from ttt_megatron.evaluation.tracking import log_evaluation
-    from ttt_megatron.training.callbacks.tracking import read_tracking
+    from ttt_megatron.tracking.state import read_tracking
 
     tracked = read_tracking(run_folder)
     if not tracked:

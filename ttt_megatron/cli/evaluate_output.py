@@ -106,15 +106,12 @@ def publish(
 
 
 def _log(model: LoadedModel, metrics: Mapping[str, float], files: list[Path]) -> None:
-    from ttt_megatron.evaluation.tracking import log_evaluation
-    from ttt_megatron.training.callbacks.tracking import read_tracking
+    from ttt_megatron.evaluation.tracking import log_to_run
 
-    tracked = read_tracking(model.run_folder)
-    if tracked:
-        _show_warnings()
-        uri, run_id = tracked["uri"], tracked["run_id"]
-        if log_evaluation(uri, run_id, metrics, model.info.step, files):
-            print(f"logged to MLflow run {run_id} at {uri}")
+    _show_warnings()
+    done = log_to_run(model.run_folder, metrics, model.info.step, files)
+    if done is not None:
+        print(done)
 
 
 def _show_warnings() -> None:

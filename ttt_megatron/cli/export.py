@@ -10,12 +10,14 @@ HELP = "Write a checkpoint as a folder that transformers loads and that keeps le
 EPILOG = """examples:
   ttt-megatron export runs/demo exported/demo
   ttt-megatron export runs/3b/checkpoints/step-00052000 exported/3b --dtype bfloat16
+  ttt-megatron export runs/3b exported/3b --register ttt-3b
   ttt-megatron generate exported/demo --prompt 'Call me'
 
 The checkpoint may come from any parallel layout. The folder holds safetensors, configuration,
 tokenizer, a model card and the model's code; AutoModelForCausalLM.from_pretrained(FOLDER,
 trust_remote_code=True) needs torch, transformers and safetensors, and nothing of this project.
-It is compared with the checkpoint, logits in float32, before it appears."""
+It is compared with the checkpoint, logits in float32, before it appears. With --register, a folder
+that holds this very checkpoint already is registered as it is."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,11 +37,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="largest file of weights, as 500MB or 5GB (default: %(default)s)",
     )
+    add(
+        "--register",
+        metavar="NAME",
+        help="also upload it to its run's MLflow store, as a version of the registered model NAME",
+    )
     add("--no-verify", action="store_true", help="do not compare with the checkpoint")
 
 
 def run(args: argparse.Namespace) -> int:
     """Exports; raises UserError for whatever the user can fix."""
+    from ttt_megatron.exchange.register import find_registry, is_export_of
+
+    source, output = Path(args.checkpoint), Path(args.output)
+    registry = find_registry(source, args.register) if args.register is not None else None
+    if registry is None or not is_export_of(output, source):
+        _export(args, source, output)
+    if registry is not None:
+        done = registry.register(args.register, output)
+        print(f"registered  {done.name} version {done.version} at {done.uri}, run {done.run_id}")
+    return 0
+
+
+def _export(args: argparse.Namespace, source: Path, output: Path) -> None:
     from ttt_megatron.exchange.export import ExportSettings, export_checkpoint
 
     start = time.perf_counter()
@@ -48,8 +68,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"[{time.perf_counter() - start:5.1f} s] {doing}", file=sys.stderr, flush=True)
 
     done = export_checkpoint(
-        Path(args.checkpoint),
-        Path(args.output),
+        source,
+        output,
         ExportSettings(
             dtype=args.dtype, max_shard_size=args.max_shard_size, verify=not args.no_verify
         ),
@@ -60,4 +80,3 @@ def run(args: argparse.Namespace) -> int:
     print(f"{done.weight_bytes / 1e6:,.1f} MB of weights in {files}")
     print(f"verified: {done.comparison}" if done.comparison else "not verified (--no-verify)")
     print(f"hash of weights and settings: {done.hash}")
-    return 0

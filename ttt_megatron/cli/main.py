@@ -26,6 +26,8 @@ COMMANDS = {
     "compare": ("ttt_megatron.cli.compare", "Put evaluations side by side."),
     "sweep": ("ttt_megatron.cli.sweep", "Train runs that differ in a few settings."),
     "report": ("ttt_megatron.cli.report", "Put runs and sweeps into one document."),
+    "dashboard": ("ttt_megatron.cli.dashboard", "Draw a run's course as one page."),
+    "upload": ("ttt_megatron.cli.upload", "Upload to MLflow what runs have kept for it."),
     "generate": ("ttt_megatron.cli.generate", "Read a prompt and continue it."),
     "read": ("ttt_megatron.cli.read", "Read a document once and save what was learnt from it."),
     "import": (

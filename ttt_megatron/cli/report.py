@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     """Writes the report; raises UserError for whatever the user can fix."""
     from ttt_megatron.reporting.document import make_report
     from ttt_megatron.reporting.runs import find_subjects
-    from ttt_megatron.training.callbacks.tracking import read_tracking
+    from ttt_megatron.tracking.state import read_tracking
 
     if args.log_to and not read_tracking(Path(args.log_to)):
         raise UserError(f"--log-to {args.log_to}: no MLflow run belongs to this folder")
@@ -75,7 +75,7 @@ def _reference(word: str, subjects: "Subjects") -> str:
 
 def _log(document: "Document", folder: Path, files: list[Path]) -> None:
     from ttt_megatron.evaluation.tracking import log_evaluation
-    from ttt_megatron.training.callbacks.tracking import read_tracking
+    from ttt_megatron.tracking.state import read_tracking
 
     tracked = read_tracking(folder)
     uri, run_id = tracked["uri"], tracked["run_id"]

@@ -22,6 +22,7 @@ from ttt_megatron.config.elastic import fit_to_world
 from ttt_megatron.parallel.launcher import WorkerError, launch, naming_rank, under_torchrun
 from ttt_megatron.resilience.events import Event, record_event
 from ttt_megatron.resilience.supervisor import end_with_supervisor
+from ttt_megatron.tracking.run_tags import RECIPE_VARIABLE
 from ttt_megatron.training.result import TrainingResult
 
 NAME = "train"
@@ -115,6 +116,7 @@ def _simulate(args: argparse.Namespace) -> int:
 
 def _start(args: argparse.Namespace) -> int:
     config = load_recipe(args.recipe, args.overrides)
+    os.environ[RECIPE_VARIABLE] = str(Path(args.recipe).resolve())
     if under_torchrun():
         if config.parallel.elastic:
             config = fit_to_world(config, int(os.environ["WORLD_SIZE"]))
@@ -143,9 +145,10 @@ def _train(args: argparse.Namespace, config: RunConfig) -> int:
         return EXIT_SIGNAL_BASE + result.stop_signal
     print(f"trained {result.step} of {result.steps} steps, last loss {result.last_loss:.4f}")
     print(f"checkpoint  {result.checkpoint}")
-    if result.tracking_store is not None:
+    if result.tracking_run is not None:
         print(f"MLflow      {result.tracking_store}  (run {result.tracking_run})")
-        print(f"            mlflow ui --backend-store-uri {result.tracking_store}")
+        if not str(result.tracking_store).startswith("http"):
+            print(f"            mlflow ui --backend-store-uri {result.tracking_store}")
     print(f"next        ttt-megatron evaluate {config.training.output}")
     return 0
 

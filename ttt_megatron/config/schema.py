@@ -292,6 +292,9 @@ class TrackingConfig:
     tracking_uri: str | None = setting(
         None, "MLflow store; None takes MLFLOW_TRACKING_URI, else SQLite beside the run's folder."
     )
+    offline: bool = setting(
+        False, "Only keep the journal; `ttt-megatron upload` sends it to MLflow later."
+    )
     experiment: str = setting("ttt-megatron", "MLflow experiment.")
     parent_run: str | None = setting(
         None, "Id of the MLflow run that this one is shown under; sweeps set it."

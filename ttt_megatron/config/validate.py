@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import fields
 
+from ttt_megatron.config.addresses import without_secrets
 from ttt_megatron.config.faults import fault_problems
 from ttt_megatron.config.mixer_rules import mixer_problems
 from ttt_megatron.config.schema import (
@@ -12,6 +13,7 @@ from ttt_megatron.config.schema import (
     OptimizerConfig,
     ParallelConfig,
     RunConfig,
+    TrackingConfig,
     TrainingConfig,
 )
 from ttt_megatron.errors import UserError
@@ -100,11 +102,22 @@ def _problems(config: RunConfig) -> Iterator[str]:
     yield from _context(config)
     yield from _pipeline(config)
     yield from _float8(config)
+    yield from _tracking(config.tracking)
     yield from fault_problems(config.faults)
     if config.parallel.overlap_param_gather and not config.parallel.overlap_grad_reduce:
         yield (
             "parallel.overlap_param_gather = true needs parallel.overlap_grad_reduce = true; "
             "set both or neither"
+        )
+
+
+def _tracking(tracking: TrackingConfig) -> Iterator[str]:
+    uri = tracking.tracking_uri
+    if uri is not None and without_secrets(uri) != uri:
+        yield (
+            "tracking.tracking_uri holds a user name, password or token, and recipes are kept with "
+            "every run: give the address alone, and who logs in by MLFLOW_TRACKING_USERNAME and "
+            "MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN; or all in MLFLOW_TRACKING_URI"
         )
 
 

@@ -22,7 +22,7 @@ from ttt_megatron.exchange.model_card import CardFacts, model_card
 from ttt_megatron.exchange.verify_export import Comparison, compare_with_checkpoint
 from ttt_megatron.hf.configuration_ttt_e2e import TTTE2EConfig
 from ttt_megatron.hf.state_ttt_e2e import base_hash
-from ttt_megatron.training.callbacks.tracking import read_tracking
+from ttt_megatron.tracking.state import read_tracking
 from ttt_megatron.training.checkpoint_folder import (
     CHECKPOINTS,
     INFO,
@@ -73,8 +73,7 @@ class _Source:
 
     @property
     def run_folder(self) -> Path:
-        parent = self.checkpoint.parent
-        return parent.parent if parent.name == CHECKPOINTS else parent
+        return run_folder_of(self.checkpoint)
 
 
 def export_checkpoint(
@@ -130,6 +129,12 @@ def export_checkpoint(
         hash=digest,
         comparison=comparison,
     )
+
+
+def run_folder_of(checkpoint: Path) -> Path:
+    """The folder of the run that a checkpoint's folder belongs to."""
+    parent = checkpoint.parent
+    return parent.parent if parent.name == CHECKPOINTS else parent
 
 
 def _read(source: Path) -> _Source:

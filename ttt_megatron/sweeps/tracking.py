@@ -7,21 +7,21 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from ttt_megatron.evaluation.tracking import log_evaluation
 from ttt_megatron.sweeps.points import Point, show_value, with_tracking
 from ttt_megatron.sweeps.spec import Sweep
-from ttt_megatron.training.callbacks.tracking import (
+from ttt_megatron.tracking.state import read_tracking, write_tracking
+from ttt_megatron.tracking.store import (
+    STORE_VARIABLE,
     experiment_id,
-    read_tracking,
+    in_words,
+    open_client,
     tracking_uri,
-    write_tracking,
 )
 
 logger = logging.getLogger(__name__)
 
-_STORE_VARIABLE = "MLFLOW_TRACKING_URI"
 _LOCK_FILE = ".lock"
 _VALUE_LENGTH = 500
 
@@ -42,7 +42,7 @@ def track_points(points: Sequence[Point], sweep: Sweep, output: Path) -> list[Po
     with _at_most_one(output), _warned(uri):
         parent = _continued(uri, output) or _created(uri, tracking.experiment, sweep, output)
     # A store from the environment is not written down: its address may hold a password.
-    from_outside = tracking.tracking_uri is None and os.environ.get(_STORE_VARIABLE)
+    from_outside = tracking.tracking_uri is None and os.environ.get(STORE_VARIABLE)
     stored = None if from_outside else uri
     return [with_tracking(p, stored, parent) if p.config.tracking.mlflow else p for p in points]
 
@@ -61,7 +61,7 @@ def log_results(
     logged = log_evaluation(uri, run, values, 0, files)
     if finished:
         with _warned(uri):
-            _client(uri).set_terminated(run, "FINISHED")
+            open_client(uri).set_terminated(run, "FINISHED")
     return f"{uri}  (run {run} and below it)" if logged else None
 
 
@@ -71,18 +71,7 @@ def mark_failed(points: Iterable[Point]) -> None:
         tracked = read_tracking(point.folder)
         if tracked:
             with _warned(tracked["uri"]):
-                _client(tracked["uri"]).set_terminated(tracked["run_id"], "FAILED")
-
-
-def _client(uri: str) -> Any:
-    # A server that is down is to be noticed within seconds; MLflow would try for minutes.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    from mlflow.tracking import MlflowClient
-
-    for chatty in ("alembic", "mlflow", "mlflow.store.db.utils"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
-    return MlflowClient(tracking_uri=uri)
+                open_client(tracked["uri"]).set_terminated(tracked["run_id"], "FAILED")
 
 
 def _continued(uri: str, output: Path) -> str | None:
@@ -92,13 +81,13 @@ def _continued(uri: str, output: Path) -> str | None:
     from mlflow.exceptions import MlflowException
 
     with contextlib.suppress(MlflowException):
-        _client(uri).update_run(known["run_id"], status="RUNNING")
+        open_client(uri).update_run(known["run_id"], status="RUNNING")
         return known["run_id"]
     return None
 
 
 def _created(uri: str, experiment: str, sweep: Sweep, output: Path) -> str:
-    client = _client(uri)
+    client = open_client(uri)
     identifier = experiment_id(client, uri, experiment)
     run: str = client.create_run(identifier, run_name=sweep.name).info.run_id
     client.log_param(run, "base", str(sweep.base))
@@ -128,5 +117,4 @@ def _warned(uri: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = (str(error).splitlines() or [""])[0]
-        logger.warning("MLflow at %s: %s: %s; the sweep goes on", uri, type(error).__name__, reason)
+        logger.warning("MLflow at %s: %s; the sweep goes on", uri, in_words(error))

@@ -4,7 +4,7 @@ import json
 import logging
 import shutil
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -37,7 +37,8 @@ class CheckpointInfo:
     """What a checkpoint says of itself.
 
     `step` outer steps done; `loss` the last step's (nan or inf if it was skipped), `finite` whether
-    it was a number; `data_fingerprint` of the prepared data; `tracking_run` the MLflow run's id.
+    it was a number; `data_fingerprint` of the prepared data; `tracking_run` the MLflow run's id;
+    `lineage` the stages that led here, (key, name) each, this run's last.
     """
 
     path: str
@@ -46,6 +47,7 @@ class CheckpointInfo:
     finite: bool
     data_fingerprint: str
     tracking_run: str | None = None
+    lineage: Sequence[Sequence[str]] = ()
 
 
 def checkpoint_name(step: int) -> str:

@@ -13,6 +13,7 @@ class StepRecord:
     `step` counts steps done, this one included; `tokens` and `model_flops` are the whole global
     batch's, `seconds` this rank's wall time, in which it computed for `passes_seconds`
     before the gradients were reduced; before that it had waited `data_seconds` for its batch.
+    `memory` are its bytes.
     """
 
     step: int
@@ -22,6 +23,7 @@ class StepRecord:
     seconds: float
     passes_seconds: float
     data_seconds: float
+    memory: float
     tokens: int
     model_flops: float
 
@@ -34,6 +36,7 @@ class StepRecord:
             "inner_learning_rate": self.inner_lr,
             "tokens_per_second": self.tokens / self.seconds,
             "model_flops_per_second": self.model_flops / self.seconds,
+            "memory_bytes": self.memory,
             "skipped": float(not self.update.applied),
         }
         return {name: value for name, value in values.items() if value is not None}

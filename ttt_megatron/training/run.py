@@ -26,10 +26,12 @@ from ttt_megatron.parallel.pipeline import own_stages
 from ttt_megatron.parallel.replica import layer_slots
 from ttt_megatron.resilience.events import EVENTS_FILE, recording_failure
 from ttt_megatron.tracing import start_trace, stop_trace
+from ttt_megatron.tracking.journal import JOURNAL_FILE
+from ttt_megatron.tracking.state import TRACKING_FILE
+from ttt_megatron.tracking.store import tracking_uri
 from ttt_megatron.training.agreement import own_facts, require_agreement
 from ttt_megatron.training.callbacks import build_callbacks
 from ttt_megatron.training.callbacks.metrics_log import METRICS_FILE
-from ttt_megatron.training.callbacks.tracking import TRACKING_FILE, tracking_uri
 from ttt_megatron.training.callbacks.watchdog import STACKS
 from ttt_megatron.training.checkpoint import RunParts, load_checkpoint
 from ttt_megatron.training.checkpoint_folder import CHECKPOINTS, read_config, sweep
@@ -53,6 +55,8 @@ _BELONGS_TO_A_RUN = (
     CHECKPOINTS,
     METRICS_FILE,
     TRACKING_FILE,
+    JOURNAL_FILE,
+    "dashboard.html",
     TRACE_FOLDER,
     EVENTS_FILE,
     STACKS,

@@ -23,6 +23,7 @@ from ttt_megatron.training.checkpoint_folder import CheckpointInfo
 from ttt_megatron.training.engine import Update
 from ttt_megatron.training.float8 import Float8Scales
 from ttt_megatron.training.flops import model_flops_per_token
+from ttt_megatron.training.memory import memory_in_use
 from ttt_megatron.training.precision import parameter_dtype_of
 from ttt_megatron.training.records import StepRecord
 from ttt_megatron.training.saver import SaveError, Saver
@@ -68,6 +69,7 @@ class Trainer:
     callbacks: Sequence[Callback] = ()
     progress: Progress = field(default_factory=Progress)
     tracking_run: str | None = None
+    lineage: Sequence[Sequence[str]] = ()
     stop_signal: int | None = None
     stopped: bool = False
     checkpoint: Path | None = None
@@ -158,6 +160,7 @@ class Trainer:
             seconds=time.perf_counter() - start,
             passes_seconds=engine.passes_seconds,
             data_seconds=data_seconds,
+            memory=memory_in_use(),
             tokens=tokens,
             model_flops=tokens * model_flops_per_token(config.model, config.data.sequence_length),
         )
@@ -260,6 +263,7 @@ class Trainer:
             finite=math.isfinite(progress.last_loss),
             data_fingerprint=self.stream.dataset.fingerprint,
             tracking_run=self.tracking_run,
+            lineage=self.lineage,
         )
         state = {"progress": asdict(progress), "stream": self.stream.state_dict()}
         if self.float8 is not None:

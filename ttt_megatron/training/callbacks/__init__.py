@@ -5,6 +5,7 @@ from pathlib import Path
 from ttt_megatron.config.schema import RunConfig
 from ttt_megatron.parallel.groups import Groups
 from ttt_megatron.training.callbacks.base import Callback
+from ttt_megatron.training.callbacks.dashboard import Dashboard
 from ttt_megatron.training.callbacks.drift import DriftAlarm
 from ttt_megatron.training.callbacks.evaluation import ValidationLoss
 from ttt_megatron.training.callbacks.events import EventLog
@@ -40,5 +41,5 @@ def build_callbacks(config: RunConfig, groups: Groups) -> list[Callback]:
     if groups.is_main:
         callbacks.append(LossPlot(output))
         if config.tracking.mlflow:
-            callbacks.append(MlflowTracking(config))
+            callbacks += [Dashboard(config), MlflowTracking(config)]
     return callbacks

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import time
 from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,8 +24,8 @@ logger = logging.getLogger(__name__)
 class MetricsLog(Callback):
     """Appends to `output/metrics.jsonl`; numbers read back as the very same floats.
 
-    A resumed run first cuts the file after its checkpoint's step, so that no step stands twice.
-    While the disk is full, lines wait in memory.
+    A row's `time` is in seconds since 1970. A resumed run first cuts the file after its
+    checkpoint's step, so that no step stands twice. While the disk is full, lines wait in memory.
     """
 
     def __init__(self, output: Path) -> None:
@@ -67,7 +68,7 @@ class MetricsLog(Callback):
     def _write(self, row: dict[str, Any]) -> None:
         if self._file is None:
             return
-        self._waiting += _line(row).encode()
+        self._waiting += _line({**row, "time": time.time()}).encode()
         try:
             self._waiting = self._waiting[self._file.write(self._waiting) :]
         except OSError as error:

@@ -7,8 +7,6 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import psutil
-import torch
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -101,15 +99,8 @@ class ProgressBar(Callback):
         flops = sum(one.model_flops for one in self._since) / seconds
         return (
             f"loss {record.measurements.loss:.4f}  {tokens:,.0f} tok/s  "
-            f"{_scaled(flops)}FLOP/s  {_scaled(memory_in_use())}B"
+            f"{_scaled(flops)}FLOP/s  {_scaled(record.memory)}B"
         )
-
-
-def memory_in_use() -> float:
-    """Bytes: the peak of the GPU's allocator, or this process's resident memory."""
-    if torch.cuda.is_available():
-        return float(torch.cuda.max_memory_allocated())
-    return float(psutil.Process().memory_info().rss)
 
 
 def _scaled(value: float) -> str:

@@ -1,0 +1,80 @@
+"""Which MLflow store a run logs to, a client for it, and its errors in words, without secrets.
+
+Who logs in is said by MLflow's own variables (MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD,
+MLFLOW_TRACKING_TOKEN, MLFLOW_TRACKING_INSECURE_TLS, …), which MLflow reads at every request. They
+are read here only to keep their values out of messages.
+"""
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from ttt_megatron.config.addresses import without_secrets
+from ttt_megatron.config.schema import TrackingConfig
+
+STORE_VARIABLE = "MLFLOW_TRACKING_URI"
+_SECRET_VARIABLES = ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
+_SQLITE = "sqlite:///"
+# MLflow's own values would have it try for minutes.
+_REQUESTS = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+}
+_CHATTY = ("alembic", "mlflow", "mlflow.store.db.utils")
+
+
+def tracking_uri(tracking: TrackingConfig, output: Path) -> str:
+    """The store: the recipe's, else MLFLOW_TRACKING_URI, else SQLite beside the run's folder.
+
+    Without a password that MLFLOW_TRACKING_URI may hold: `open_client` puts it back.
+    """
+    chosen = tracking.tracking_uri or os.environ.get(STORE_VARIABLE)
+    return without_secrets(chosen or f"{_SQLITE}{output.resolve().parent / 'mlflow.db'}")
+
+
+def _with_secrets(uri: str) -> str:
+    """As one can connect to it: MLFLOW_TRACKING_URI if it is the same store's."""
+    chosen = os.environ.get(STORE_VARIABLE)
+    return chosen if chosen and without_secrets(chosen) == uri else uri
+
+
+def open_client(uri: str, *, timeout: int = 10) -> Any:
+    """An MlflowClient that notices within seconds that a server is down; `uri` as `tracking_uri`
+    gives it. `timeout` in seconds, unless MLFLOW_HTTP_REQUEST_TIMEOUT says otherwise."""
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(timeout))
+    for name, value in _REQUESTS.items():
+        os.environ.setdefault(name, value)
+    from mlflow.tracking import MlflowClient
+
+    # After the import, which sets levels of its own.
+    for chatty in _CHATTY:
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    # One warning a retry, of what is told once by whoever gives up.
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
+    return MlflowClient(tracking_uri=_with_secrets(uri))
+
+
+def in_words(error: BaseException) -> str:
+    """An error's kind and first line, without anything secret."""
+    text = next(iter(str(error).splitlines()), "")
+    for name in _SECRET_VARIABLES:
+        secret = os.environ.get(name)
+        if secret:
+            text = text.replace(secret, "***")
+    return f"{type(error).__name__}: {without_secrets(text)}"
+
+
+def experiment_id(client: Any, uri: str, name: str) -> str:
+    """The experiment of that name in the client's store, made if there is none.
+
+    With a local store the artifacts lie beside it, not in the current folder.
+    """
+    found = client.get_experiment_by_name(name)
+    if found is not None:
+        return str(found.experiment_id)
+    location = None
+    if uri.startswith(_SQLITE):
+        store = Path(uri.removeprefix(_SQLITE)).resolve()
+        location = (store.parent / "mlartifacts").as_uri()
+    return str(client.create_experiment(name, artifact_location=location))

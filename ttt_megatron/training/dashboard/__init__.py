@@ -1,0 +1,1 @@
+"""A run at a glance, as one page and one picture, from its folder alone; no server is asked."""
