@@ -122,10 +122,8 @@ def _undisturbed(recipe: str, output: str, *overrides: str) -> None:
 
 def _same_parameters(one: str, other: str, checkpoint: str = "") -> None:
     """Of the newest checkpoints of two runs, or of those of this name."""
-    folders = [
-        Path(run, "checkpoints", checkpoint) if checkpoint else Path(run) for run in (one, other)
-    ]
-    first, second = (read_weights(resolve_checkpoint(folder)) for folder in folders)
+    within = Path("checkpoints", checkpoint) if checkpoint else ""
+    first, second = (read_weights(resolve_checkpoint(Path(run, within))) for run in (one, other))
     assert first.keys() == second.keys()
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
@@ -137,7 +135,8 @@ def _goes_on_exactly(recipe: str, run: str, job: str, stopped: int) -> None:
     _wait(f"{after} of {run}", lambda: Path(run, "checkpoints", after).exists())
     assert f"from step {stopped}:" in "\n".join(_told(run, job))
     _command("cancel", job)
-    plain = subprocess.Popen([*PROGRAM, "train", recipe, "training.output=plain"])
+    words = [recipe, "parallel.data=1", "training.output=plain"]
+    plain = subprocess.Popen([*PROGRAM, "train", *words])
     _wait(f"{after} undisturbed", lambda: Path("plain", "checkpoints", after).exists())
     plain.terminate()
     assert plain.wait(timeout=PATIENCE) in (0, 128 + signal.SIGTERM)
