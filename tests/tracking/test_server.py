@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ def server(
 class Training:
     """`ttt-megatron train` in processes of its own."""
 
-    def __init__(self, folder: Path, data: Path, name: str, **tracking: Any) -> None:
+    def __init__(self, folder: Path, data: Path, name: str) -> None:
         values = {section: dict(settings) for section, settings in SETTINGS.items()}
         values["data"]["path"] = str(data)
         values["training"] |= {
@@ -57,7 +57,7 @@ class Training:
             "save_interval": 20,
             "output": str(folder / name),
         }
-        values["tracking"] = {"progress": False, "experiment": name, **tracking}
+        values["tracking"] = {"progress": False, "experiment": name}
         self.recipe = folder / f"{name}.yaml"
         self.recipe.write_text(yaml.safe_dump({"name": name, **values}))
         self.output = folder / name
@@ -97,6 +97,21 @@ class Training:
         assert self.process is not None
         assert self.process.wait(_PATIENCE) == 0, self.log.read_text()[-3000:]
         return self.log.read_text()
+
+
+@pytest.fixture
+def train(data: Path, tmp_path: Path) -> Iterator[Callable[..., Training]]:
+    """Makes trainings, and leaves none behind."""
+    made: list[Training] = []
+
+    def make(name: str) -> Training:
+        made.append(Training(tmp_path, data, name))
+        return made[-1]
+
+    yield make
+    for training in made:
+        if training.process is not None and training.process.poll() is None:
+            training.kill()
 
 
 def _upload(output: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -140,8 +155,10 @@ def test_mlflow_takes_equal_metrics_as_one(server: Server) -> None:
     ]
 
 
-def test_server_and_training_killed_and_back(server: Server, data: Path, tmp_path: Path) -> None:
-    training = Training(tmp_path, data, f"killed-{server.port}")
+def test_server_and_training_killed_and_back(
+    server: Server, train: Callable[..., Training]
+) -> None:
+    training = train(f"killed-{server.port}")
     training.start(MLFLOW_TRACKING_URI=server.uri)
     training.wait_for(15)
     server.kill()
@@ -158,9 +175,9 @@ def test_server_and_training_killed_and_back(server: Server, data: Path, tmp_pat
 
 
 def test_server_that_never_comes_back_until_the_upload(
-    server: Server, data: Path, tmp_path: Path
+    server: Server, train: Callable[..., Training]
 ) -> None:
-    training = Training(tmp_path, data, f"away-{server.port}")
+    training = train(f"away-{server.port}")
     server.kill()
     try:
         training.start(MLFLOW_TRACKING_URI=server.uri)
@@ -178,8 +195,10 @@ def test_server_that_never_comes_back_until_the_upload(
     assert run.data.tags["recipe"] == str(training.recipe)
 
 
-def test_an_exported_model_is_registered_there(server: Server, data: Path, tmp_path: Path) -> None:
-    training = Training(tmp_path, data, f"registered-{server.port}")
+def test_an_exported_model_is_registered_there(
+    server: Server, train: Callable[..., Training], tmp_path: Path
+) -> None:
+    training = train(f"registered-{server.port}")
     training.start(MLFLOW_TRACKING_URI=server.uri)
     training.finish()
     _upload(training.output)
@@ -197,14 +216,14 @@ def test_an_exported_model_is_registered_there(server: Server, data: Path, tmp_p
 
 
 def test_who_logs_in_is_told_by_mlflows_variables_and_nowhere_written(
-    data: Path, tmp_path: Path
+    train: Callable[..., Training], tmp_path: Path
 ) -> None:
     pytest.importorskip("flask_wtf", reason="MLflow's log-in needs it: pip install 'mlflow[auth]'")
     (tmp_path / "server").mkdir()
     server = Server(tmp_path / "server", auth=True)
     server.start()
     try:
-        training = Training(tmp_path, data, "secret")
+        training = train("secret")
         wrong = {"MLFLOW_TRACKING_USERNAME": ADMIN, "MLFLOW_TRACKING_PASSWORD": "a-wrong-password"}
         right = {**wrong, "MLFLOW_TRACKING_PASSWORD": ADMIN_PASSWORD}
         within = server.uri.replace("://", f"://{ADMIN}:{ADMIN_PASSWORD}@")
@@ -214,7 +233,7 @@ def test_who_logs_in_is_told_by_mlflows_variables_and_nowhere_written(
         done = _upload(training.output, MLFLOW_TRACKING_URI=server.uri, **right)
         assert done.returncode == 0, done.stderr
         # And with all of it in the address.
-        other = Training(tmp_path, data, "within")
+        other = train("within")
         other.start(MLFLOW_TRACKING_URI=within)
         other.finish()
         again = _upload(other.output, MLFLOW_TRACKING_URI=within)
