@@ -57,14 +57,14 @@ def test_every_option_counts(options):
     assert count_parameters(config).total == sum(p.numel() for p in model.parameters())
 
 
-def test_the_published_sizes_are_printed_whole(capsys):
+def test_the_sizes_of_recipes_are_printed_whole(capsys):
     assert main(["parameters"]) == 0
     printed = capsys.readouterr().out
     rows = [line.split() for line in printed.splitlines() if line.split()[1:]]
     totals = {row[0]: row[6] for row in rows[1:]}
     assert totals["125m"] == "184,363,776"
     assert totals["1b"] == "1,467,708,416"
-    assert list(totals) == ["125m", "350m", "760m", "1b", "3b"]
+    assert list(totals) == ["125m", "350m", "760m", "1b", "3b", "8b"]
 
 
 def test_a_recipe_and_overrides(tmp_path, capsys):

@@ -15,7 +15,7 @@ from ttt_megatron.model.parameters import ParameterCounts, count_parameters
 NAME = "parameters"
 HELP = "Count a model's parameters, by group."
 EPILOG = """examples:
-  ttt-megatron parameters                                    the published sizes
+  ttt-megatron parameters                                    all sizes of recipes/
   ttt-megatron parameters recipes/125m/base.yaml
   ttt-megatron parameters my.yaml model.vocab_size=4096 model.num_suffix_layers=2
 
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "recipes",
         nargs="*",
         metavar="RECIPE | key=value",
-        help="recipes, and settings that replace theirs (default: the published sizes)",
+        help="recipes, and settings that replace theirs (default: all sizes of recipes/)",
     )
 
 
