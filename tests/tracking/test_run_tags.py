@@ -1,6 +1,7 @@
 """Tags that say where a run comes from, and addresses that say nothing secret."""
 
 import hashlib
+import os
 import subprocess
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from ttt_megatron.config import from_dict
 from ttt_megatron.config.addresses import without_secrets
 from ttt_megatron.errors import UserError
 from ttt_megatron.tracking.run_tags import RECIPE_VARIABLE, run_tags
-from ttt_megatron.tracking.store import in_words, open_client, tracking_uri
+from ttt_megatron.tracking.store import _with_secrets, in_words, open_client, tracking_uri
 
 
 def test_slurm_recipe_and_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,7 +91,17 @@ def test_one_in_the_environment_is_used_and_not_shown(
     monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "t0ken")
     uri = tracking_uri(from_dict({}).tracking, tmp_path)
     assert uri == "http://127.0.0.1:9"
-    assert open_client(uri).tracking_uri == address
+    for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    # MLflow prints the address that it is given.
+    assert open_client(uri).tracking_uri == uri
+    assert os.environ["MLFLOW_TRACKING_USERNAME"] == "me"
+    assert os.environ["MLFLOW_TRACKING_PASSWORD"] == "s3cret"
     assert open_client("http://127.0.0.1:10").tracking_uri == "http://127.0.0.1:10"
     told = in_words(ValueError(f"no answer from {address}/x with t0ken\nand more"))
     assert told == "ValueError: no answer from http://127.0.0.1:9/x with ***"
+    database = "postgresql://me:s3cret@127.0.0.1:9/mlflow"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", database)
+    assert tracking_uri(from_dict({}).tracking, tmp_path) == "postgresql://127.0.0.1:9/mlflow"
+    assert _with_secrets("postgresql://127.0.0.1:9/mlflow") == database

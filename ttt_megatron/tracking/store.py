@@ -9,6 +9,7 @@ import logging
 import os
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 from ttt_megatron.config.addresses import without_secrets
 from ttt_megatron.config.schema import TrackingConfig
@@ -20,6 +21,7 @@ _SQLITE = "sqlite:///"
 _REQUESTS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
 _CHATTY = ("alembic", "mlflow", "mlflow.store.db.utils")
 
@@ -34,9 +36,19 @@ def tracking_uri(tracking: TrackingConfig, output: Path) -> str:
 
 
 def _with_secrets(uri: str) -> str:
-    """As one can connect to it: MLFLOW_TRACKING_URI if it is the same store's."""
+    """As one can connect to it: MLFLOW_TRACKING_URI if it is the same store's.
+
+    MLflow prints the addresses of servers: name and password in one become MLflow's variables.
+    """
     chosen = os.environ.get(STORE_VARIABLE)
-    return chosen if chosen and without_secrets(chosen) == uri else uri
+    if not chosen or without_secrets(chosen) != uri:
+        return uri
+    parts = urlsplit(chosen)
+    if parts.scheme in ("http", "https") and parts.username and parts.password:
+        os.environ.setdefault("MLFLOW_TRACKING_USERNAME", unquote(parts.username))
+        os.environ.setdefault("MLFLOW_TRACKING_PASSWORD", unquote(parts.password))
+        return uri
+    return chosen
 
 
 def open_client(uri: str, *, timeout: int = 10) -> Any:
