@@ -133,6 +133,8 @@ def _goes_on_exactly(recipe: str, run: str, job: str, stopped: int) -> None:
     """A checkpoint that comes after the stop is that of a run that was not disturbed."""
     after = f"step-{(stopped // EVERY + 1) * EVERY:08d}"
     _wait(f"{after} of {run}", lambda: Path(run, "checkpoints", after).exists())
+    log = Path(run, "slurm", f"{job}.log").read_text()
+    assert f"stopped after step {stopped} of 100000, saved in" in log
     assert f"from step {stopped}:" in "\n".join(_told(run, job))
     _command("cancel", job)
     words = [recipe, "parallel.data=1", "training.output=plain"]

@@ -12,27 +12,26 @@ from collections.abc import Sequence
 from types import FrameType
 
 EXIT_FAILED = 1
-# What torchrun itself listens to, in SIGTERM's place.
-_TORCHRUNS = signal.SIGUSR2
 
 
 def main(arguments: Sequence[str]) -> int:
     """Runs torchrun; 0 if its processes succeeded or were asked to end, 1 if one failed."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as torchrun
+
     asked = False
 
     def ask(number: int, frame: FrameType | None) -> None:
         nonlocal asked
         if not asked:
             asked = True
-            signal.raise_signal(_TORCHRUNS)
+            raise SignalException("asked to end", sigval=signal.SIGTERM)
 
     signal.signal(signal.SIGTERM, ask)
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import main as torchrun
-
     try:
-        torchrun(["--signals-to-handle", _TORCHRUNS.name, *arguments])
+        # That torchrun does not take SIGTERM from the handler above.
+        torchrun(["--signals-to-handle", signal.SIGINT.name, *arguments])
     except SignalException:
         return 0
     except ChildFailedError as failed:
