@@ -5,8 +5,11 @@ MLFLOW_TRACKING_TOKEN, MLFLOW_TRACKING_INSECURE_TLS, …), which MLflow reads at
 are read here only to keep their values out of messages.
 """
 
+import fcntl
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -64,7 +67,23 @@ def open_client(uri: str, *, timeout: int = 10) -> Any:
         logging.getLogger(chatty).setLevel(logging.WARNING)
     # One warning a retry, of what is told once by whoever gives up.
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
-    return MlflowClient(tracking_uri=_with_secrets(uri))
+    with _alone_in(uri):
+        return MlflowClient(tracking_uri=_with_secrets(uri))
+
+
+@contextmanager
+def _alone_in(uri: str) -> Iterator[None]:
+    """One process at a time: MLflow makes the tables of a new SQLite store as it opens it, and two
+    that do so at once leave one that nobody can open any more."""
+    if not uri.startswith(_SQLITE):
+        yield
+        return
+    store = Path(uri.removeprefix(_SQLITE))
+    with (store.parent / f".{store.name}.lock").open("a") as file:
+        # A file system without locks is no worse than before.
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def in_words(error: BaseException) -> str:
@@ -82,6 +101,8 @@ def experiment_id(client: Any, uri: str, name: str) -> str:
 
     With a local store the artifacts lie beside it, not in the current folder.
     """
+    from mlflow.exceptions import MlflowException
+
     found = client.get_experiment_by_name(name)
     if found is not None:
         return str(found.experiment_id)
@@ -89,4 +110,10 @@ def experiment_id(client: Any, uri: str, name: str) -> str:
     if uri.startswith(_SQLITE):
         store = Path(uri.removeprefix(_SQLITE)).resolve()
         location = (store.parent / "mlartifacts").as_uri()
-    return str(client.create_experiment(name, artifact_location=location))
+    try:
+        return str(client.create_experiment(name, artifact_location=location))
+    except MlflowException:
+        found = client.get_experiment_by_name(name)  # another run's, a moment ago
+        if found is None:
+            raise
+        return str(found.experiment_id)
