@@ -156,7 +156,7 @@ def test_a_slow_rank_is_named(
     data: Path, tmp_path: Path, limping: Callable[[psutil.Process], None]
 ) -> None:
     output = tmp_path / "run"
-    process = _train(_config(data, output, training__steps=400), tmp_path)
+    process = _train(_config(data, output, training__steps=100), tmp_path)
     _until(process, output, 5)
     limping(_rank(psutil.Process(process.pid), 1))
     told, _ = process.communicate(timeout=300)
