@@ -179,6 +179,16 @@ def _torchrun(config: RunConfig, folder: Path, port: int) -> subprocess.Popen[st
     )
 
 
+def _until_listening(port: int) -> None:
+    deadline = time.monotonic() + 100
+    while True:
+        with socket.socket() as probe:
+            if probe.connect_ex(("localhost", port)) == 0:
+                return
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
 def test_a_run_goes_on_with_fewer_nodes(data: Path, whole: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     with socket.socket() as free:
@@ -186,6 +196,7 @@ def test_a_run_goes_on_with_fewer_nodes(data: Path, whole: Path, tmp_path: Path)
         port = free.getsockname()[1]
     config = _config(data, output, training__steps=STEPS, parallel__elastic=True)
     first = _torchrun(config, tmp_path, port)
+    _until_listening(port)  # it holds the meeting, which would go with it
     second = _torchrun(config, tmp_path, port)
     try:
         _until(first, output, 12)
