@@ -31,7 +31,7 @@ LAYOUTS = {
     "data 2, pipeline 2": ("parallel.data=2", "parallel.pipeline=2"),
 }
 RECIPE = f"""\
-model: {{vocab_size: 257, num_layers: 4, num_suffix_layers: 2, hidden_size: 32, num_heads: 4,
+model: {{vocab_size: 260, num_layers: 4, num_suffix_layers: 2, hidden_size: 32, num_heads: 4,
   ffn_hidden_size: 64, window_size: 16}}
 inner: {{chunk_size: 8, lr_start: 0.1, lr_warmup_fraction: 0.2}}
 data: {{sequence_length: 64}}
