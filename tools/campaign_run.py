@@ -34,9 +34,9 @@ RECIPE = f"""\
 model: {{vocab_size: 260, num_layers: 4, num_suffix_layers: 2, hidden_size: 32, num_heads: 4,
   ffn_hidden_size: 64, window_size: 16}}
 inner: {{chunk_size: 8, lr_start: 0.1, lr_warmup_fraction: 0.2}}
-data: {{sequence_length: 64}}
+data: {{sequence_length: 32}}
 optimizer: {{lr: 1e-2}}
-training: {{steps: {STEPS}, global_batch_size: 8, micro_batch_size: 1, precision: fp64, device: cpu,
+training: {{steps: {STEPS}, global_batch_size: 4, micro_batch_size: 1, precision: fp64, device: cpu,
   save_interval: {SAVE_INTERVAL}, eval_sequences: 0, log_interval: 10}}
 faults: {{hang_minutes: {HANG_SECONDS / 60}, drift_alarm: null}}
 tracking: {{mlflow: false, progress: false}}
