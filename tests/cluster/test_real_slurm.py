@@ -254,11 +254,9 @@ def test_a_sweep_is_an_array(place: Path, data: Path) -> None:
     folder = place / "out" / "slurm"
     tasks = [f"{job}_0", f"{job}_1"]
 
-    def finished() -> bool:
-        rows = json.loads(_command("status", "--root", "out", "--json"))
-        assert [row["job_id"] for row in rows] == tasks
-        return all(row["state"] == "finished" and row["checkpoint"] == 3 for row in rows)
-
-    _wait("both tasks", finished)
+    _wait("both tasks", lambda: all(read_notes(folder, one)[0] == "finished" for one in tasks))
+    rows = json.loads(_command("status", "--root", "out", "--json"))
+    assert [row["job_id"] for row in rows] == tasks
+    assert all(row["state"] == "finished" and row["checkpoint"] == 3 for row in rows)
     assert "finished" in (folder / f"{job}_1.log").read_text()
     assert "finished" in _command("logs", "--root", "out", f"{job}_0")

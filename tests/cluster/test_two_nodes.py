@@ -62,7 +62,7 @@ class _Node:
         launch = [sys.executable, "-m", "ttt_megatron.parallel.node", "--nnodes", "2"]
         launch += ["--nproc-per-node", "1", "--max-restarts", "3", "--rdzv-backend", "c10d"]
         launch += ["--rdzv-id", "two-nodes", "--rdzv-endpoint", f"{ADDRESSES[0]}:29400"]
-        launch += ["--local-addr", self._address, "-m", "ttt_megatron.cli.main", "train"]
+        launch += ["-m", "ttt_megatron.cli.main", "train"]
         launch += ["recipe.yaml", "--outcome", str(self._folder / "outcome")]
         named = ["unshare", "--uts", "sh", "-c", 'hostname "$0" && exec "$@"', self._address]
         with self.log.open("ab") as log:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.slow
+from ttt_megatron.parallel.node import own_address
 
 NODE = [sys.executable, "-m", "ttt_megatron.parallel.node", "--nnodes", "1", "--nproc-per-node"]
 NODE += ["2", "--max-restarts", "3", "--shutdown-timeout", "60", "--no-python"]
@@ -16,6 +16,7 @@ SAVES = "trap 'sleep 2; touch saved-$RANK; exit 143' TERM; touch begun-$RANK; "
 SAVES += "while :; do sleep 0.1; done"
 
 
+@pytest.mark.slow
 def test_asked_twice_it_waits_for_its_processes_and_succeeds(tmp_path: Path) -> None:
     node = subprocess.Popen([*NODE, "bash", "-c", SAVES], cwd=tmp_path)
     deadline = time.monotonic() + 200
@@ -30,6 +31,14 @@ def test_asked_twice_it_waits_for_its_processes_and_succeeds(tmp_path: Path) -> 
     assert len(list(tmp_path.glob("saved-*"))) == 2
 
 
+def test_the_address_is_the_one_on_the_way_to_the_others() -> None:
+    assert own_address("127.0.0.1:29400") == "127.0.0.1"
+    assert own_address("localhost:29400") in ("127.0.0.1", "::1")
+    with pytest.raises(OSError, match="not known|resolution"):
+        own_address("nowhere.invalid:29400")
+
+
+@pytest.mark.slow
 def test_a_process_that_fails_is_started_again_and_named(tmp_path: Path) -> None:
     fails = 'echo x >>started-$RANK; [ "$RANK" = 0 ] || exit 7; exec sleep 100'
     node = subprocess.run(

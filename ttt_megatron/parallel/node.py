@@ -3,15 +3,20 @@
 Asked to end by SIGTERM, torchrun asks its processes and waits for them, but a second SIGTERM, which
 Slurm sends where another node was quicker, would break the wait off, and it fails in the end. Here
 later ones are left alone, and an end that was asked for is no failure.
+
+Restarted, torchrun's processes would meet in the store of the first start and find the addresses of
+processes that are gone. Here each start has a store of its own, with the first process.
 """
 
 import os
 import signal
+import socket
 import sys
 from collections.abc import Sequence
 from types import FrameType
 
 EXIT_FAILED = 1
+_OWN_STORES = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -29,6 +34,10 @@ def main(arguments: Sequence[str]) -> int:
             raise SignalException("asked to end", sigval=signal.SIGTERM)
 
     signal.signal(signal.SIGTERM, ask)
+    os.environ.setdefault(_OWN_STORES, "1")
+    if "--local-addr" not in arguments and "--rdzv-endpoint" in arguments:
+        endpoint = arguments[arguments.index("--rdzv-endpoint") + 1]
+        arguments = ["--local-addr", own_address(endpoint), *arguments]
     try:
         # That torchrun does not take SIGTERM from the handler above.
         torchrun(["--signals-to-handle", signal.SIGINT.name, *arguments])
@@ -40,6 +49,20 @@ def main(arguments: Sequence[str]) -> int:
         print(f"rank {rank} failed ({_death(failure.exitcode)})", file=sys.stderr)
         return EXIT_FAILED
     return 0
+
+
+def own_address(endpoint: str) -> str:
+    """This node's address as the endpoint `host:port` sees it.
+
+    A node's own name need not lead the others to it. Raises OSError for a host that is not known.
+    """
+    host, _, port = endpoint.rpartition(":")
+    found = socket.getaddrinfo(host, int(port), type=socket.SOCK_DGRAM)
+    family, kind, protocol, _, address = found[0]
+    with socket.socket(family, kind, protocol) as probe:
+        # Nothing is sent: it only chooses the way.
+        probe.connect(address)
+        return str(probe.getsockname()[0])
 
 
 def _death(exit_code: int) -> str:
