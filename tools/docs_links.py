@@ -15,6 +15,7 @@ DOCS = "docs"
 _LINK = re.compile(r"(?<!!)\[(?P<text>(?:[^\[\]]|\[[^\[\]]*\])*)\]\((?P<target>[^()\s]+)\)")
 # Code is left as it is: fenced blocks, lines indented as code, and spans between backticks.
 _CODE = re.compile(r"^(```|~~~).*?^\1[^\n]*$|^ {4}[^\n]*$|(`+)(?!`).*?(?<!`)\2(?!`)", re.M | re.S)
+_FILE_NAME = re.compile(r"[\w./-]+\.md")
 _ELSEWHERE = re.compile(r"[a-z][a-z0-9+.-]*:|//|#", re.IGNORECASE)
 
 
@@ -59,12 +60,19 @@ class LinkSite:
         inside = path.startswith(DOCS + "/") and not (self.root / path).is_dir()
         page = path.removeprefix(DOCS + "/") if inside else self.pages.get(path)
         if page is not None:
+            text = self._title(path) if _FILE_NAME.fullmatch(text) else text
             here = posixpath.dirname(self.page_of(source))
             return f"[{text}]({posixpath.relpath(page, here or '.')}{fragment})"
         if not self.repository:
             return text
         kind = "tree" if (self.root / path).is_dir() else "blob"
         return f"[{text}]({self.repository.rstrip('/')}/{kind}/{self.branch}/{path}{fragment})"
+
+    def _title(self, path: str) -> str:
+        """The first heading of a page, which says more than a file's name."""
+        file = self.root / path
+        first = file.read_text(encoding="utf-8").partition("\n")[0] if file.is_file() else ""
+        return first.removeprefix("# ") if first.startswith("# ") else posixpath.basename(path)
 
     def page_of(self, source: str) -> str:
         """The page, by its path on the site, that shows the file `source` of the checkout."""
