@@ -48,9 +48,13 @@ def command_reference() -> str:
 def _command(name: str) -> str:
     module = importlib.import_module(COMMANDS[name][0])
     parser = command_parser(name, module)
-    parts = [f"## {name}", _plain(module.HELP), _block(_arguments(parser))]
+    parts = [f"## {name}", _sentence(module.HELP), _block(_arguments(parser))]
     parts += [_paragraph(text) for text in _paragraphs(module.EPILOG)]
     return "\n\n".join(parts)
+
+
+def _sentence(text: str) -> str:
+    return _plain(text[:1].upper() + text[1:].rstrip(".")) + "."
 
 
 def _arguments(parser: ArgumentParser) -> str:
