@@ -2,7 +2,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help install demo test recipes lint clean
+.PHONY: help install demo test recipes lint docs clean
 
 VENV := .venv
 PYTHON ?=
@@ -41,6 +41,10 @@ lint: $(STAMP) ## Check style, types and the layering.
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
+
+docs: $(STAMP) ## Build the documentation into build/site; broken links and missing pages fail.
+	NO_MKDOCS_2_WARNING=1 OMP_NUM_THREADS=1 $(VENV)/bin/python -m mkdocs build --strict
+	@echo 'python -m http.server --directory build/site, or open build/site/index.html'
 
 clean: ## Remove .venv and caches; runs and data stay.
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -6,6 +6,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from types import ModuleType
 
 from ttt_megatron import __version__
 from ttt_megatron.errors import PassingError, UserError
@@ -103,8 +104,8 @@ def _unknown_command(name: str) -> str:
     return f"there is no command {name}; {hint}"
 
 
-def _run(name: str, argv: Sequence[str]) -> int:
-    module = importlib.import_module(COMMANDS[name][0])
+def command_parser(name: str, module: ModuleType) -> argparse.ArgumentParser:
+    """The parser of subcommand `name`, which `module` implements."""
     parser = argparse.ArgumentParser(
         prog=f"ttt-megatron {name}",
         description=module.HELP,
@@ -113,8 +114,13 @@ def _run(name: str, argv: Sequence[str]) -> int:
         allow_abbrev=False,
     )
     module.add_arguments(parser)
+    return parser
+
+
+def _run(name: str, argv: Sequence[str]) -> int:
+    module = importlib.import_module(COMMANDS[name][0])
     # Intermixed, so that `train RECIPE --option x key=value` reads the override too.
-    status: int = module.run(parser.parse_intermixed_args(argv))
+    status: int = module.run(command_parser(name, module).parse_intermixed_args(argv))
     return status
 
 

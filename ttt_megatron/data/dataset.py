@@ -43,8 +43,11 @@ class TokenDataset:
         path: the folder.
         split: "train" or "validation".
         fingerprint: stands for tokenizer, tokens, order and split; equal folders, equal value.
-        vocab_size, bos_id: the tokenizer's.
-        num_documents, num_tokens, text_bytes: totals of the split.
+        vocab_size: the tokenizer's.
+        bos_id: the tokenizer's.
+        num_documents: of the split.
+        num_tokens: of the split.
+        text_bytes: of the split.
     """
 
     def __init__(self, path: Path, split: str, index: Index) -> None:

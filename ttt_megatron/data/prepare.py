@@ -39,7 +39,8 @@ class PrepareOptions:
         bos: token that opens documents, for a Hugging Face tokenizer that does not tell.
         validation: share of the documents held out, 0 to below 1; unused with validation_inputs.
         validation_inputs: files and folders that are the validation split.
-        include, exclude: glob patterns for the files of folders.
+        include: glob patterns of the files of folders that are taken; none takes all.
+        exclude: glob patterns of those that are left out.
         text_field: field of a JSONL line that holds the text.
         non_utf8: what to do with documents that are not UTF-8.
         workers: processes that tokenise; None chooses.
