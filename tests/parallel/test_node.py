@@ -34,7 +34,7 @@ def test_asked_twice_it_waits_for_its_processes_and_succeeds(tmp_path: Path) -> 
 def test_the_address_is_the_one_on_the_way_to_the_others() -> None:
     assert own_address("127.0.0.1:29400") == "127.0.0.1"
     assert own_address("localhost:29400") in ("127.0.0.1", "::1")
-    with pytest.raises(OSError, match="not known|resolution"):
+    with pytest.raises(OSError, match=r"not known|resolution"):
         own_address("nowhere.invalid:29400")
 
 
