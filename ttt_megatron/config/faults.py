@@ -29,7 +29,7 @@ class FaultsConfig:
     spike_window: int = setting(128, "Steps before that a loss is compared with.")
     max_rewinds: int = setting(3, "Rewinds in all before the run ends at the next spike.")
     drift_alarm: float | None = setting(
-        1.0,
+        3.0,
         "Warn when the fast weights end a sequence farther than this from where they began it, in "
         "units of their own norm; null never does.",
     )
