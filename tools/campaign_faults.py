@@ -35,13 +35,17 @@ def _at_a_checkpoint(run: Run, chance: random.Random) -> None:
     time.sleep(chance.uniform(0, 0.03))
 
 
-def kill_rank(run: Run, chance: random.Random) -> str:
-    """SIGKILL to one rank."""
-    victim = chance.randrange(4)
-    process = run.rank(victim)
-    _at_random(run, chance)
-    process.kill()
-    return f"rank {victim}"
+def _to_a_rank(number: signal.Signals) -> Fault:
+    """A signal to one rank."""
+
+    def send(run: Run, chance: random.Random) -> str:
+        victim = chance.randrange(4)
+        process = run.rank(victim)
+        _at_random(run, chance)
+        process.send_signal(number)
+        return f"rank {victim}"
+
+    return send
 
 
 def kill_launcher(run: Run, chance: random.Random) -> str:
@@ -85,24 +89,6 @@ def terminate(run: Run, chance: random.Random) -> str:
     _at_random(run, chance)
     run.supervisor.send_signal(signal.SIGTERM)
     return "supervisor"
-
-
-def terminate_rank(run: Run, chance: random.Random) -> str:
-    """SIGTERM to one rank."""
-    victim = chance.randrange(4)
-    process = run.rank(victim)
-    _at_random(run, chance)
-    process.send_signal(signal.SIGTERM)
-    return f"rank {victim}"
-
-
-def stop_rank(run: Run, chance: random.Random) -> str:
-    """SIGSTOP to one rank: the others hang."""
-    victim = chance.randrange(4)
-    process = run.rank(victim)
-    _at_random(run, chance)
-    process.suspend()
-    return f"rank {victim}"
 
 
 def corrupt_newest(run: Run, chance: random.Random) -> str:
@@ -159,14 +145,14 @@ def kill_server(run: Run, chance: random.Random) -> str:
 
 
 FAULTS: dict[str, Fault] = {
-    "rank killed": kill_rank,
+    "rank killed": _to_a_rank(signal.SIGKILL),
     "launcher killed": kill_launcher,
     "supervisor killed": kill_supervisor,
     "killed in a checkpoint": kill_while_saving,
     "killed in the first reads": kill_while_reading,
     "SIGTERM to the run": terminate,
-    "SIGTERM to a rank": terminate_rank,
-    "rank stopped (hang)": stop_rank,
+    "SIGTERM to a rank": _to_a_rank(signal.SIGTERM),
+    "rank stopped (hang)": _to_a_rank(signal.SIGSTOP),
     "newest checkpoint damaged": corrupt_newest,
     "disk full for a while": fill_disk,
     "MLflow server killed": kill_server,

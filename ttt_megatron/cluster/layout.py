@@ -9,7 +9,7 @@ from typing import Any
 from ttt_megatron.cluster.profile import Profile
 from ttt_megatron.config import RunConfig, load_recipe
 from ttt_megatron.config.convert import build
-from ttt_megatron.config.layouts import LAYOUTS_FILE, layout_beside
+from ttt_megatron.config.layouts import LAYOUTS_FILE
 from ttt_megatron.config.recipe import named_keys
 from ttt_megatron.errors import UserError
 
@@ -129,18 +129,15 @@ def _as_named(
 
 def _chosen_before(question: Question) -> Answer | None:
     """What `layouts.yaml` beside the recipe holds for so many GPUs."""
-    from ttt_megatron.planning.laid_out import changes_shapes
+    from ttt_megatron.planning.laid_out import chosen_before
 
-    precision = question.config.training.precision
-    if question.config.training.device == "cpu" or changes_shapes(question.overrides):
+    training, recipe = question.config.training, question.recipe
+    if training.device == "cpu":
         return None
-    chosen = layout_beside(question.recipe, question.gpus, precision, question.gpu)
-    if chosen is None:
-        return None
-    source = question.recipe.with_name(LAYOUTS_FILE)
-    if chosen.unfit is not None:
-        raise UserError(f"{question.recipe}: {chosen.unfit} ({source})")
-    return list(chosen.overrides), f"as {source} has it"
+    chosen = chosen_before(
+        recipe, question.overrides, training.precision, question.gpus, question.gpu
+    )
+    return None if chosen is None else (chosen, f"as {recipe.with_name(LAYOUTS_FILE)} has it")
 
 
 def _planned(question: Question) -> Answer | None:

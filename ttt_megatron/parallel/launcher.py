@@ -4,7 +4,6 @@ Underneath is torchrun's elastic launcher. Signals go to this parent alone: it a
 stop with SIGTERM and waits, however long their current step takes.
 """
 
-import ctypes
 import logging
 import multiprocessing
 import os
@@ -27,6 +26,7 @@ from ttt_megatron.parallel.accounts import (
     leave_account,
     read_accounts,
 )
+from ttt_megatron.resilience.lifeline import die_with
 
 Result = TypeVar("Result")
 
@@ -36,7 +36,6 @@ _OFTEN_MEANS: dict[int, str] = {
     signal.SIGABRT: "; with NCCL perhaps another rank was gone, or did not answer within "
     "parallel.timeout_minutes: see the lines above",
 }
-_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
 def under_torchrun() -> bool:
@@ -77,7 +76,7 @@ def launch(work: Callable[..., Result], arguments: tuple[Any, ...], processes: i
                 f"makes {processes}: make them equal"
             )
         if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun itself, rather than a batch system
-            _die_with(os.getppid())
+            die_with(os.getppid())
         return work(*arguments)
     with (
         tempfile.TemporaryDirectory(prefix="ttt-megatron-") as folder,
@@ -125,7 +124,7 @@ def _worker(
     folder: str, parent: int, work: Callable[..., Any], arguments: tuple[Any, ...]
 ) -> bytes:
     """One rank: runs the work; leaves an account of its failure in `folder`."""
-    _die_with(parent)
+    die_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent turns Ctrl-C into one SIGTERM
     keep_accounts_in(Path(folder))
     try:
@@ -138,27 +137,6 @@ def _worker(
         time.sleep(_ECHO_SECONDS)
         # A plain exit: the other ranks find the connection closed instead of waiting for this one.
         os._exit(1)
-
-
-def _die_with(parent: int) -> None:
-    """Ends this process with its parent, even by SIGKILL, so that no orphan goes on writing."""
-    if sys.platform != "linux":
-        return
-    prctl = ctypes.CDLL(None).prctl
-    forking = parent
-
-    def ask_for_death() -> None:
-        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != forking:  # already gone, so no signal will come
-            os._exit(1)
-
-    def remember_parent() -> None:
-        nonlocal forking
-        forking = os.getpid()
-
-    ask_for_death()
-    # Not inherited by fork: mcore's checkpoint writers would be left waiting for ever.
-    os.register_at_fork(before=remember_parent, after_in_child=ask_for_death)
 
 
 def _first_failure(folder: Path, processes: int, rank: int, exit_code: int) -> Exception:

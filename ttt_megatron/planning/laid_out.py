@@ -54,23 +54,32 @@ def lay_out(recipe: str | Path, overrides: Sequence[str], gpus: int, hardware: H
     if named:
         return _own(path, given, gpus, fill="parallel.data" not in named)
     config = load_recipe(path, given)
-    chosen = None
-    if not changes_shapes(given):
-        chosen = layout_beside(path, gpus, config.training.precision, hardware.name)
+    chosen = chosen_before(path, given, config.training.precision, gpus, hardware.name)
     if chosen is not None:
+        settings = [*chosen, *given]
         source = str(path.with_name(LAYOUTS_FILE))
-        if chosen.unfit is not None:
-            raise UserError(f"{path}: {chosen.unfit} ({source})")
-        settings = [*chosen.overrides, *given]
         return LaidOut(config=load_recipe(path, settings), settings=settings, source=source)
     found = choose_layout(config, hardware, gpus).estimate.layout.overrides()
     settings = [*found, *given]
     return LaidOut(config=load_recipe(path, settings), settings=settings, source="the plan")
 
 
-def changes_shapes(overrides: Sequence[str]) -> bool:
-    """Whether a layout that was chosen for a recipe is none for it with these settings."""
-    return any(key.startswith(_SHAPES) or key in _SIZES for key in named_keys(None, overrides))
+def chosen_before(
+    recipe: Path, overrides: Sequence[str], precision: str, gpus: int, gpu: str
+) -> list[str] | None:
+    """The settings that `layouts.yaml` beside a recipe holds for so many GPUs of a kind.
+
+    None where it holds none, or an override changes what they were chosen for. Raises UserError as
+    `layout_beside` does, and where the file says that none fits.
+    """
+    if any(key.startswith(_SHAPES) or key in _SIZES for key in named_keys(None, overrides)):
+        return None
+    chosen = layout_beside(recipe, gpus, precision, gpu)
+    if chosen is None:
+        return None
+    if chosen.unfit is not None:
+        raise UserError(f"{recipe}: {chosen.unfit} ({recipe.with_name(LAYOUTS_FILE)})")
+    return list(chosen.overrides)
 
 
 def _own(path: Path, given: list[str], gpus: int, *, fill: bool) -> LaidOut:

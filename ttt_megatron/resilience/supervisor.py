@@ -5,11 +5,9 @@ launcher of the ranks may itself be killed. The child is a process group of its 
 is left when the next attempt begins, nor when this process ends.
 """
 
-import ctypes
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -18,6 +16,8 @@ from types import FrameType
 
 import psutil
 
+from ttt_megatron.resilience.lifeline import die_with
+
 SUPERVISOR = "TTT_MEGATRON_SUPERVISOR"
 """Environment variable: the process id of the supervisor, in what it starts."""
 
@@ -25,7 +25,6 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _SIGNALLED = 128
 _POLL_SECONDS = 0.05
 _GONE_SECONDS = 2.0
-_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 Tell = Callable[[str], None]
 
@@ -167,8 +166,5 @@ def _lives(group: int) -> bool:
 def end_with_supervisor() -> None:
     """In what a supervisor started: ends with it, even by SIGKILL. Does nothing elsewhere."""
     supervisor = os.environ.get(SUPERVISOR)
-    if supervisor is None or sys.platform != "linux":
-        return
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != int(supervisor):  # gone before this was asked for
-        os._exit(_SIGNALLED + signal.SIGKILL)
+    if supervisor is not None:
+        die_with(int(supervisor))
