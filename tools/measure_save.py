@@ -1,11 +1,14 @@
 """How long a checkpoint keeps training from going on, written at once and in the background.
 
     python tools/measure_save.py [--processes 2] [--hidden 768] [--layers 12] [--saves 3]
+    python tools/measure_save.py --interval 50 --hidden 512 --layers 8
 
-Trains a model on random text twice, the second time with training.async_save, and prints for each
-the seconds that training stopped for a checkpoint (the last is left out: the end of a run waits for
-it), and the seconds of a step with and without a checkpoint being written beside it. On the
-machine's temporary folder, which needs room for five checkpoints.
+Trains a model on random text twice, the second time with training.async_save. A checkpoint is saved
+before every second interval of steps, so that an interval with a checkpoint and one without are
+neighbours in the same run; all time counts, from the end of the step before the checkpoint to the
+end of the interval's last step. Prints for each kind of saving the seconds that training stopped,
+the seconds of a step beside a checkpoint that is being written, and what a checkpoint adds to the
+time of an interval. On the machine's temporary folder, which needs room for five checkpoints.
 """
 
 import argparse
@@ -13,6 +16,7 @@ import random
 import statistics
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +26,6 @@ from ttt_megatron.parallel.launcher import launch
 from ttt_megatron.training.preflight import resolve_run
 
 SEQUENCE_LENGTH = 128
-STEPS_A_SAVE = 6
 
 
 def make_data(folder: Path) -> Path:
@@ -37,7 +40,10 @@ def make_data(folder: Path) -> Path:
 
 
 def run_config(options: argparse.Namespace, data: Path, output: Path, background: bool) -> Any:
-    """A run that saves every few steps."""
+    """A run that saves before every second interval, after two to warm up.
+
+    It ends one step after a pair: the end of a run saves too, and waits for it.
+    """
     sizes = {
         "num_layers": options.layers,
         "num_suffix_layers": max(1, options.layers // 4),
@@ -47,10 +53,10 @@ def run_config(options: argparse.Namespace, data: Path, output: Path, background
         "window_size": SEQUENCE_LENGTH,
     }
     training = {
-        "steps": STEPS_A_SAVE * (options.saves + 1),
+        "steps": 2 * options.interval * (options.saves + 1) + 1,
         "global_batch_size": options.processes,
         "micro_batch_size": 1,
-        "save_interval": STEPS_A_SAVE,
+        "save_interval": 2 * options.interval,
         "async_save": background,
         "keep_last": 1,
         "eval_sequences": 0,
@@ -67,8 +73,12 @@ def run_config(options: argparse.Namespace, data: Path, output: Path, background
     return resolve_run(from_dict(values))
 
 
-def measured(config: RunConfig) -> dict[str, Any]:
-    """One rank's run: parameters, seconds stopped a save, and seconds of its steps by kind."""
+def measured(config: RunConfig, interval: int) -> dict[str, Any]:
+    """One rank's run.
+
+    Returns its parameters, the seconds stopped for each save, those of the steps while a
+    checkpoint was being written, and those of the intervals with a checkpoint and without.
+    """
     from ttt_megatron.parallel.groups import process_groups
     from ttt_megatron.training.callbacks import Callback
     from ttt_megatron.training.records import StepRecord
@@ -76,14 +86,15 @@ def measured(config: RunConfig) -> dict[str, Any]:
     from ttt_megatron.training.trainer import Trainer
 
     stops: list[float] = []
-    steps: dict[str, list[float]] = {"alone": [], "beside": []}
+    beside: list[float] = []
+    ends: dict[int, float] = {}
     saved: list[int] = []
 
     class Watch(Callback):
         def on_step(self, trainer: Trainer, record: StepRecord) -> None:
-            begun = (record.step - 1) // STEPS_A_SAVE
-            if record.step > 1:  # the first step warms up
-                steps["beside" if len(saved) < begun else "alone"].append(record.seconds)
+            ends[record.step] = time.perf_counter()
+            if len(saved) < (record.step - 1) // (2 * interval):
+                beside.append(record.seconds)
 
         def on_checkpoint(self, trainer: Trainer, path: Path) -> None:
             saved.append(trainer.progress.step)
@@ -94,30 +105,54 @@ def measured(config: RunConfig) -> dict[str, Any]:
         parameters = sum(p.numel() for p in trainer.parts.named_parameters().values())
         trainer.callbacks = [Watch()]
         trainer.fit()
-    return {"parameters": parameters, "stops": stops[:-1], **steps}
+    last = config.training.steps - 1 - interval
+    saves = range(2 * interval, last + 1, 2 * interval)
+    return {
+        "parameters": parameters,
+        "stops": stops[: len(saves)],
+        "beside": beside,
+        "with": [ends[step + interval] - ends[step] for step in saves],
+        "without": [ends[step + 2 * interval] - ends[step + interval] for step in saves],
+    }
 
 
 def main() -> int:
     """Returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--hidden", type=int, default=768)
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--saves", type=int, default=3)
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog="\n".join(__doc__.splitlines()[2:4]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--processes", type=int, default=2, help="data-parallel processes")
+    parser.add_argument("--hidden", type=int, default=768, help="model width, a multiple of 64")
+    parser.add_argument("--layers", type=int, default=12, help="blocks")
+    parser.add_argument("--saves", type=int, default=3, help="checkpoints that are measured")
+    parser.add_argument("--interval", type=int, default=6, help="steps from save to save")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         data = make_data(folder)
         for title, background in (("at once", False), ("in the background", True)):
             config = run_config(options, data, folder / title, background)
-            found = launch(measured, (config,), options.processes)
-            told = ", ".join(f"{stop:.2f}" for stop in found["stops"])
-            print(f"{found['parameters'] / 1e6:.0f}M parameters, {title}: stopped {told} s")
-            for kind in ("alone", "beside"):
-                if found[kind]:
-                    median = statistics.median(found[kind])
-                    print(f"  step {kind}: {median:.2f} s, {len(found[kind])} steps", flush=True)
+            report(title, options, launch(measured, (config, options.interval), options.processes))
     return 0
+
+
+def report(title: str, options: argparse.Namespace, found: dict[str, Any]) -> None:
+    """Prints what came of one run."""
+    told = ", ".join(f"{stop:.2f}" for stop in found["stops"])
+    print(f"{found['parameters'] / 1e6:.0f}M parameters, {title}: stopped {told} s")
+    without = statistics.median(found["without"])
+    print(f"  step without a save: {without / options.interval:.3f} s")
+    if found["beside"]:
+        print(f"  step beside a save: {statistics.median(found['beside']):.3f} s")
+    shares = [a / b - 1 for a, b in zip(found["with"], found["without"], strict=True)]
+    pairs = ", ".join(f"{share:+.1%}" for share in shares)
+    print(
+        f"  a save adds to an interval of {options.interval} steps: "
+        f"{statistics.median(shares):+.1%} ({pairs})",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":
