@@ -42,7 +42,7 @@ def test_everything_that_was_measured_is_there(runs, tmp_path, capsys):
         assert f"\n## {heading}\n" in text
     for heading in ("Decoded text under a judge", "Latency", "Not measured"):
         assert f"\n## {heading}\n" in text
-    assert "difference to (plain, off)" in text
+    assert "**difference to plain**" in text
     assert "plain without needles in haystacks:" in text
     assert "run without" not in text
     assert "No latencies" not in text
@@ -51,7 +51,7 @@ def test_everything_that_was_measured_is_there(runs, tmp_path, capsys):
     artifacts = {item.path for item in client.list_artifacts(tracked["run_id"], "evaluation")}
     assert {"evaluation/report.md", "evaluation/report.png"} <= artifacts
     logged = client.get_run(tracked["run_id"]).data.metrics
-    assert 0 < logged["evaluation/report/position/plain- off"] < 10
+    assert 0 < logged["evaluation/report/position/plain"] < 10
 
 
 def test_what_cannot_be_reported_is_refused(runs, trained_run, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """Reports of trained and evaluated runs, and what is said of those that are not."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 
@@ -54,6 +55,7 @@ def test_seeds_are_put_together(swept, tmp_path, capsys):
     assert line.endswith(f"| {mean:.3f} ± {error:.3f} |")
     document = make_report(subjects, "t", None)
     assert document.metrics["position/sweep-mode-meta, on"] == pytest.approx(mean)
+    assert re.search(r"^\| sweep-mode-off \| [+-]", text, re.M), "its only way needs no name"
     assert "## Ablation: sweep" in text
     assert "4 runs without loss by context length:" in text
     run = subjects.runs[0].folder
@@ -142,3 +144,11 @@ def test_later_stages_of_seeds_are_put_together(swept, tmp_path, capsys):
     assert (group.label, len(group.runs)) == ("later", 2)
     other = find_subjects([*folders, str(swept / "points" / "mode-off_seed-1")])
     assert [len(group.runs) for group in other.groups] == [2, 1]
+
+
+def test_a_label_leaves_the_seed_out_where_it_stands_for_one_group(swept):
+    meta, off = (swept / "points" / f"mode-{mode}_seed-1" for mode in ("meta", "off"))
+    subjects = find_subjects([f"x-seed1={meta}", f"y-seed1={off}"])
+    assert [group.label for group in subjects.groups] == ["x", "y"]
+    subjects = find_subjects([f"x-seed1={meta}", f"x-seed2={off}"])
+    assert [group.label for group in subjects.groups] == ["x-seed1", "x-seed2"]

@@ -92,8 +92,8 @@ def curves_section(
     grids = [Grid(title=f"nats a token by {layout.column}", header=header, rows=losses)]
     panels = [partial(draw_losses, layout, values, curves)]
     if others:
-        grids.append(Grid(title=f"difference to ({chosen.label})", header=header, rows=gaps))
-        panels.append(partial(draw_gaps, layout, values, others, chosen))
+        grids.append(Grid(title=f"difference to {chosen.label}", header=header, rows=gaps))
+        panels.append(partial(draw_gaps, layout, values, curves, chosen))
     last = columns[-1]
     return Section(
         title=layout.title,
@@ -139,6 +139,7 @@ def _curves(label: str, evaluations: Sequence[Evaluation], layout: Layout) -> li
             group=label,
             way=way,
             main=number == 0,
+            alone=len(ways) == 1,
             sums=SeedCurve(seeds={seed: each[way] for seed, each in sums.items()}),
         )
         for number, way in enumerate(ways)

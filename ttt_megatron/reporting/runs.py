@@ -121,7 +121,10 @@ def _points(sweep: SweepResults, folder: Path) -> Iterator[ReportedRun]:
 
 
 def _groups(runs: Sequence[ReportedRun]) -> Iterator[Group]:
-    """Runs of equal settings but for the seed; two of the same seed are not a group."""
+    """Runs of equal settings but for the seed; two of the same seed are not a group.
+
+    A label leaves the seed out where it stands for one group all the same.
+    """
     found: dict[tuple[Any, ...], list[ReportedRun]] = {}
     for run in runs:
         flat = to_flat(run.config)
@@ -133,8 +136,8 @@ def _groups(runs: Sequence[ReportedRun]) -> Iterator[Group]:
         if flat[_SEED] in seeds:
             key = (*key, run.folder)
         found.setdefault(key, []).append(run)
-    for members in found.values():
-        label = members[0].label
-        if len(members) > 1:
-            label = _SEED_WORD.sub("", label) or label
-        yield Group(label=label, runs=tuple(members))
+    labels = [members[0].label for members in found.values()]
+    short = [_SEED_WORD.sub("", label) or label for label in labels]
+    for members, label, name in zip(found.values(), labels, short, strict=True):
+        alone = len(members) == 1 and short.count(name) > 1
+        yield Group(label=label if alone else name, runs=tuple(members))
