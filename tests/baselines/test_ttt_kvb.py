@@ -1,6 +1,7 @@
 """TTT-KVB layers against their definition, in pieces, and by what they are for."""
 
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -19,9 +20,10 @@ from ttt_megatron.baselines.ttt_kvb_work import (
 )
 from ttt_megatron.config import from_dict
 from ttt_megatron.config.mixers import TTTKVBConfig
-from ttt_megatron.config.schema import InnerConfig, ModelConfig
+from ttt_megatron.config.schema import InnerConfig, ModelConfig, OptimizerConfig
 from ttt_megatron.errors import UserError
 from ttt_megatron.meta.learner import Learner
+from ttt_megatron.model.decay import decays
 from ttt_megatron.model.slots import Slots
 from ttt_megatron.serving.session import Session
 
@@ -243,6 +245,16 @@ def test_initial_values():
     assert initial_value("a.fast_fc1", matrix.shape, generator, other) is None
     assert torch.equal(initial_value("a.binding_gain", (2, 3), generator, other), torch.ones(2, 3))
     assert not initial_value("a.fast_bias2", (2, 3), generator, other).any()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_only_matrices_decay_where_only_matrices_shall(name):
+    layer = layer_of(name)
+    config = OptimizerConfig(decay="matrices")
+    kept = {n for n, parameter in layer.named_parameters() if not decays(parameter, config)}
+    names = {n for n, _ in layer.named_parameters()}
+    assert kept == {n for n in names if re.search(r"gain|bias|layernorm", n)}
+    assert all(decays(parameter, OptimizerConfig()) for parameter in layer.parameters())
 
 
 def test_bfloat16_keeps_fast_weights_in_float32():

@@ -16,6 +16,7 @@ from ttt_megatron.baselines.ttt_kvb_chunk import Run, read_run, take_step
 from ttt_megatron.baselines.ttt_kvb_fast import Binding, FastWeights
 from ttt_megatron.baselines.ttt_kvb_state import TTTKVBState, common_place, pack, unpack
 from ttt_megatron.config.schema import ModelConfig
+from ttt_megatron.model.decay import vectors
 from ttt_megatron.model.slots import Slots, optional_norm
 
 
@@ -150,7 +151,7 @@ class TTTKVB(nn.Module):
 
     @staticmethod
     def _vector(*shape: int, wanted: bool) -> nn.Parameter | None:
-        return nn.Parameter(torch.empty(shape)) if wanted else None
+        return vectors(torch.empty(shape)) if wanted else None
 
 
 def _cut(run: Run, start: int, stop: int) -> Run:

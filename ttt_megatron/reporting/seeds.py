@@ -1,6 +1,5 @@
 """Means of several seeds' evaluations over the same documents, and differences between them."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,8 +9,9 @@ from ttt_megatron.evaluation.statistics import BucketSums, Mean, ratio_mean
 from ttt_megatron.sweeps.results import seed_mean
 
 LEGEND = (
-    "± standard error over documents, where there are several seeds over seeds; differences are "
-    "paired by document, and by seed where both have the same."
+    "± standard error over documents, where there are several seeds over seeds. Differences are "
+    "those of the seeds that both have: of several, ± standard error over seeds; of one, over "
+    "documents, so that what another seed would change is not in it."
 )
 
 
@@ -33,22 +33,21 @@ class SeedCurve:
     def difference(self, other: "SeedCurve", column: int | None) -> Mean:
         """Nats a token more than another's over the same documents.
 
-        Of single seeds the standard error is that of the documents' differences; of the same
-        several seeds, that of the seeds' differences; of others, both groups' are independent.
+        Of the seeds that both have; where they share none, between their means over seeds. The
+        standard error is that of the shared seeds' differences, of one or none that of the
+        documents'.
         """
-        if len(self.seeds) == len(other.seeds) == 1:
-            return _ratio(self.first.nll - other.first.nll, self.first.counts, column)
-        if self.seeds.keys() == other.seeds.keys():
-            pairs = [(one, other.seeds[seed]) for seed, one in self.seeds.items()]
-            return _over_seeds([_ratio(a.nll - b.nll, a.counts, column) for a, b in pairs])
-        own, others = self.mean(column), other.mean(column)
-        several = [
-            mean.standard_error
-            for mean, curve in ((own, self), (others, other))
-            if len(curve.seeds) > 1
+        shared = [
+            (one, other.seeds[seed]) for seed, one in self.seeds.items() if seed in other.seeds
         ]
-        error = math.sqrt(sum(x * x for x in several))
-        return Mean(own.mean - others.mean, error, own.documents, own.tokens)
+        if shared:
+            return _over_seeds([_ratio(a.nll - b.nll, a.counts, column) for a, b in shared])
+        return _ratio(self._mean_nll - other._mean_nll, self.first.counts, column)
+
+    @property
+    def _mean_nll(self) -> np.ndarray:
+        """Over seeds: [documents, columns], nats."""
+        return np.mean([one.nll for one in self.seeds.values()], axis=0)
 
 
 def _ratio(nll: np.ndarray, counts: np.ndarray, column: int | None) -> Mean:
