@@ -77,8 +77,9 @@ def test_differences_over_seeds_and_documents():
     assert both.mean(None).mean == pytest.approx((means[0] + means[1]) / 2)
     assert both.mean(None).standard_error == pytest.approx(abs(means[0] - means[1]) / 2)
     # Where one has a seed more, only the shared ones are compared.
-    assert both.difference(one, None) == one.difference(one, None)
-    assert both.difference(other, 0) == one.difference(other, 0)
+    of_first_seed = SeedCurve(seeds={0: nll[2]})
+    assert both.difference(of_first_seed, 0) == one.difference(of_first_seed, 0)
+    assert of_first_seed.difference(both, 0) == of_first_seed.difference(one, 0)
     assert third.difference(both, 0).mean == pytest.approx(
         (nll[2].nll - (nll[0].nll + nll[1].nll) / 2)[:, 0].mean() / 8
     )
