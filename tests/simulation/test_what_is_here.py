@@ -4,6 +4,7 @@ import pytest
 import try_recipes
 
 from ttt_megatron.config import to_yaml
+from ttt_megatron.data.prepare import PrepareOptions, prepare
 from ttt_megatron.errors import UserError
 from ttt_megatron.planning.hardware import find_hardware
 from ttt_megatron.simulation.simulate import simulate_run
@@ -63,3 +64,14 @@ def test_a_run_with_other_settings_in_the_output_folder_is_refused(folder):
     assert simulate(folder).parts
     with pytest.raises(UserError, match=r"a run with other settings: optimizer\.lr is"):
         simulate(folder, "optimizer.lr=1e-4")
+
+
+def test_a_run_on_other_data_in_the_output_folder_is_refused(folder, tmp_path):
+    (tmp_path / "text.txt").write_text("other words than those of the run\n" * 300)
+    options = {"inputs": (str(tmp_path / "text.txt"),), "validation": 0, "workers": 1}
+    prepare(PrepareOptions(output=str(tmp_path / "data"), **options))
+    words = f"data.path={tmp_path / 'data'}", "training.eval_sequences=0"
+    with pytest.raises(UserError, match=r"the data in .* is not the data of the saved position"):
+        simulate(folder, *words)
+    # What begins anew may read anything.
+    assert simulate(folder, *words, *new(folder)[:1]).parts

@@ -7,7 +7,9 @@ from pathlib import Path
 import torch
 
 from ttt_megatron.config.schema import RunConfig
-from ttt_megatron.training.checkpoint_folder import read_config
+from ttt_megatron.data.dataset import open_dataset
+from ttt_megatron.data.stream import refuse_other_data
+from ttt_megatron.training.checkpoint_folder import read_config, read_info
 from ttt_megatron.training.initial_weights import refuse_other_weights
 from ttt_megatron.training.preflight import check_data, find_resumable
 from ttt_megatron.training.resume import refuse_changes
@@ -43,10 +45,14 @@ class WhatIsHere:
         return cls(tokens=tokens, vocabulary=vocabulary, unchecked=unchecked)
 
     def check_starts(self, config: RunConfig, shapes: Mapping[str, torch.Size]) -> None:
-        """Raises UserError if a run in the output folder has other settings, or else if the weights
-        to start from are here and are not those of a model of these whole shapes."""
+        """Raises UserError if a run in the output folder has other settings or read other data than
+        is here, or else if the weights to start from are here and are not those of a model of these
+        whole shapes."""
         checkpoint = find_resumable(Path(config.training.output), quick=True)
         if checkpoint is not None:
             refuse_changes(read_config(checkpoint), config, str(checkpoint))
+            if self.tokens is not None:
+                saved = read_info(checkpoint).data_fingerprint
+                refuse_other_data(open_dataset(config.data.path), saved)
         elif (start := config.training.init_from) is not None and Path(start).exists():
             refuse_other_weights(shapes, start)

@@ -9,13 +9,14 @@ import torch
 
 from ttt_megatron.config.schema import RunConfig
 from ttt_megatron.data.dataset import open_dataset
-from ttt_megatron.data.stream import TokenStream
+from ttt_megatron.data.stream import TokenStream, refuse_other_data
 from ttt_megatron.data.validation import validation_sequences
 from ttt_megatron.errors import UserError
 from ttt_megatron.training.checkpoint_folder import (
     CHECKPOINTS,
     newest_complete,
     read_config,
+    read_info,
     resolve_checkpoint,
 )
 from ttt_megatron.training.float8 import float8_backend
@@ -103,11 +104,13 @@ def _refuse_what_needs_cuda(config: RunConfig) -> None:
 
 def check_start(config: RunConfig, *, fresh: bool) -> None:
     """Raises UserError if the output folder cannot be written, holds a run that this one cannot
-    go on with, or training.init_from names no checkpoint."""
+    go on with or of other data, or training.init_from names no checkpoint."""
     output = Path(config.training.output)
     checkpoint = None if fresh else find_resumable(output, quick=True)
     if checkpoint is not None:
         refuse_changes(read_config(checkpoint), config, str(checkpoint))
+        saved = read_info(checkpoint).data_fingerprint
+        refuse_other_data(open_dataset(config.data.path), saved)
     elif config.training.init_from is not None:
         resolve_checkpoint(Path(config.training.init_from))
     try:
