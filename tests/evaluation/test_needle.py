@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 
 import pytest
 from induction_head import induction_learner
@@ -12,7 +13,13 @@ from ttt_megatron.data.prepare import PrepareOptions, prepare
 from ttt_megatron.data.tokenizer import ByteTokenizer
 from ttt_megatron.errors import UserError
 from ttt_megatron.evaluation.attention_reach import AttentionReach, attention_reach
-from ttt_megatron.evaluation.needle import NeedleSettings, measure_needles, score_by_reach
+from ttt_megatron.evaluation.needle import (
+    NeedleCell,
+    NeedleSettings,
+    mean_score,
+    measure_needles,
+    score_by_reach,
+)
 from ttt_megatron.evaluation.needle_plot import draw_needles
 from ttt_megatron.evaluation.needle_prompt import NEAR, REMOVED, PromptBuilder
 from ttt_megatron.evaluation.needle_report import NeedleResults, needle_report
@@ -103,6 +110,24 @@ def test_inside_and_outside_are_counted_apart(measured):
         everything = score_by_reach(results.of(kind), AttentionReach(None, None))
         assert everything.share_inside == 1
         assert everything.outside.documents == 0
+
+
+def test_a_samples_depths_are_no_independent_draws():
+    """Half of the samples are found at every depth: four depths tell no more than one."""
+    scores = (1.0, 0.0, 1.0, 1.0, 0.0, 0.0)
+    cells = [
+        NeedleCell(kind=2, length=n, place=depth, scores=scores, distances=(n,) * len(scores))
+        for n in (400, 800)
+        for depth in (0.0, 0.25, 0.5, 0.75)
+    ]
+    found = score_by_reach(cells, REACH).outside
+    assert (found.mean, found.documents, found.tokens) == (0.5, 12, 48)
+    assert found.standard_error == pytest.approx(mean_score(scores * 2).standard_error)
+    # The same number of prompts, each drawn for itself, tells more.
+    assert found.standard_error > 1.9 * mean_score(scores * 8).standard_error
+    # Of another kind, the samples are others.
+    other = [replace(cell, kind=3, scores=(0.0,) * 6) for cell in cells]
+    assert score_by_reach(cells + other, REACH).outside.documents == 24
 
 
 def test_report_and_picture(measured, tmp_path):

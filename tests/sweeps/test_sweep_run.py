@@ -7,6 +7,7 @@ import math
 import re
 import shutil
 import sqlite3
+from pathlib import Path
 
 import pytest
 from sweeps.sweep_files import read_points, train, write_sweep
@@ -14,9 +15,11 @@ from sweeps.sweep_files import read_points, train, write_sweep
 from ttt_megatron.cli.main import main
 from ttt_megatron.errors import UserError
 from ttt_megatron.sweeps.job import make_job
+from ttt_megatron.sweeps.points import make_points
 from ttt_megatron.sweeps.results import collect, read_results
 from ttt_megatron.sweeps.run import read_states
 from ttt_megatron.sweeps.state import read_state, resolve_points
+from ttt_megatron.sweeps.sweep_file import read_sweep
 from ttt_megatron.sweeps.tables import as_csv, write_results
 from ttt_megatron.sweeps.tracking import track_points
 from ttt_megatron.tracking.state import read_tracking
@@ -100,27 +103,22 @@ def test_tables_plot_and_their_way_back(swept, tmp_path):
 def test_points_that_cannot_start_are_named_before_any_runs(swept, trained_run, tmp_path):
     path = write_sweep(tmp_path, trained_run.data, axes={"data.sequence_length": [64, 1 << 20]})
     with pytest.raises(UserError) as caught:
-        resolve_points(read_unresolved(path), str(path))
+        resolve_points(read_unresolved(path), read_sweep(path))
     assert "1 of 2 points cannot run: point sequence_length-1048576: " in str(caught.value)
     # What was trained with other settings is not taken for the point.
     other = swept.parent / "other.yaml"
     other.write_text(swept.read_text() + "set:\n  optimizer.lr: 0.5\n")
     with pytest.raises(UserError) as caught:
-        resolve_points(read_unresolved(other), str(other))
+        resolve_points(read_unresolved(other), read_sweep(other))
     assert "optimizer.lr is 0.5 and was 0.01" in str(caught.value)
     assert "off_seed-2: " in str(caught.value)
     third = write_sweep(tmp_path, tmp_path / "none", axes={"inner.lr": [1, 2]})
     with pytest.raises(UserError, match=r"2 points cannot run: points inner.lr-1, inner.lr-2: "):
-        resolve_points(read_unresolved(third), str(third))
+        resolve_points(read_unresolved(third), read_sweep(third))
 
 
 def read_unresolved(path):
     """The points as their file has them."""
-    from pathlib import Path
-
-    from ttt_megatron.sweeps.points import make_points
-    from ttt_megatron.sweeps.sweep_file import read_sweep
-
     sweep = read_sweep(path)
     return make_points(sweep, Path(sweep.output))
 

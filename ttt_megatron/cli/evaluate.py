@@ -1,6 +1,7 @@
 """`ttt-megatron evaluate`: held-out losses and retrieval, inner steps on and off."""
 
 import argparse
+from typing import Any
 
 from ttt_megatron.cli import (
     evaluate_context,
@@ -41,8 +42,11 @@ _TASKS = {
     "decode": evaluate_decode,
     "leakage": evaluate_leakage,
 }
+DEFAULT_TASK = "position"
 # Options that several tasks share, and whose; each task names its own.
 _SHARED = {"last": ("context", "leakage"), "seed": ("needle", "decode")}
+# Options that the numbers of every task depend on.
+_COMMON = ("data", "control", "reference", "length", "documents")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -93,9 +97,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         _TASKS[name].add_arguments(parser.add_argument_group(f"--task {name}"))
 
 
+def asked_options(args: argparse.Namespace, task: str) -> dict[str, Any]:
+    """What was asked of a task, as far as its numbers depend on it; None where nothing was said.
+
+    Evaluations of one model and one set of data that were asked the same have the same numbers.
+    """
+    own = [option for option, whose in _owners().items() if task in whose]
+    return {option: getattr(args, option) for option in (*_COMMON, *own)}
+
+
 def run(args: argparse.Namespace) -> int:
     """Evaluates; raises UserError for whatever the user can fix."""
-    tasks = list(dict.fromkeys(args.task or ["position"]))
+    tasks = list(dict.fromkeys(args.task or [DEFAULT_TASK]))
     for name, least in (("length", 0), ("documents", 0), ("batch", 1)):
         value = getattr(args, name)
         if value is not None and value < least:
@@ -103,8 +116,9 @@ def run(args: argparse.Namespace) -> int:
     _refuse_options_of_other_tasks(args, tasks)
     if "decode" in tasks:
         evaluate_decode.check(args)
+    asked = {task: asked_options(args, task) for task in tasks}
     args.seed = args.seed or 0
-    evaluated = load_evaluated(args)
+    evaluated = load_evaluated(args, asked)
     for name in tasks:
         _TASKS[name].run(evaluated, args)
     return 0
@@ -112,11 +126,16 @@ def run(args: argparse.Namespace) -> int:
 
 def _refuse_options_of_other_tasks(args: argparse.Namespace, tasks: list[str]) -> None:
     """An option that nothing reads is a mistake."""
-    owners = dict(_SHARED)
-    for name, task in _TASKS.items():
-        owners |= dict.fromkeys(task.OPTIONS, (name,))
-    for option, whose in owners.items():
+    for option, whose in _owners().items():
         value = getattr(args, option)
         if value is not None and not set(whose) & set(tasks):
             word = option.replace("_", "-")
             raise UserError(f"--{word} {value} belongs to --task {' or '.join(whose)}: add that")
+
+
+def _owners() -> dict[str, tuple[str, ...]]:
+    """The tasks that read each option that not all read."""
+    owners: dict[str, tuple[str, ...]] = dict(_SHARED)
+    for name, task in _TASKS.items():
+        owners |= dict.fromkeys(task.OPTIONS, (name,))
+    return owners

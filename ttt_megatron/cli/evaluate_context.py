@@ -56,7 +56,7 @@ def run(evaluated: Evaluated, args: argparse.Namespace) -> None:
             )
     found = ContextCurves(contexts, curves)
     names = [sequence.name for sequence in sequences]
-    report = context_report(found, last, names, evaluated.about())
+    report = context_report(found, last, names, evaluated.about("context"))
     window = evaluated.model.config.model.window_size
     title = f"last {last:,} tokens of {len(documents)} documents"
     publish_task(

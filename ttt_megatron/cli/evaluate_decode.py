@@ -73,7 +73,7 @@ def run(evaluated: Evaluated, args: argparse.Namespace) -> None:
         prefill=prefill,
         decoded=count,
         by_byte=other,
-        about={**evaluated.about(), "judge": str(loaded.checkpoint), "seed": args.seed},
+        about={**evaluated.about("decode"), "judge": str(loaded.checkpoint), "seed": args.seed},
     )
     publish_task(
         evaluated, report, lambda path, title: draw_decoding(judgements, path, title, other)

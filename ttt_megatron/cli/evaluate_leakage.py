@@ -36,7 +36,7 @@ def run(evaluated: Evaluated, args: argparse.Namespace) -> None:
         for name, way in evaluated.ways.items()
     }
     names = [sequence.name for sequence in sequences]
-    report = leakage_report(results, last, names, evaluated.about())
+    report = leakage_report(results, last, names, evaluated.about("leakage"))
     publish_task(evaluated, report, lambda path, title: draw_leakage(results, path, title))
 
 

@@ -1,6 +1,7 @@
 """The models that `evaluate` reads with, in which ways, and the held-out documents they read."""
 
 import argparse
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +32,8 @@ class Evaluated:
     """What all evaluations of one call share.
 
     ways: by name, `on` and `off` being MODEL with inner steps and without; length: positions of
-    each document, as `--length` or the run has it, or None for whole documents.
+    each document, as `--length` or the run has it, or None for whole documents; asked: by task, the
+    options that its numbers depend on, as they were given.
     """
 
     model: LoadedModel
@@ -41,6 +43,7 @@ class Evaluated:
     documents: int | None
     batch: int | None
     output: Path
+    asked: Mapping[str, Mapping[str, Any]]
 
     def sequences(self) -> "ValidationSequences":
         """The documents, cut; UserError if none is long enough."""
@@ -65,8 +68,8 @@ class Evaluated:
             )
         return self.sequences()
 
-    def about(self) -> dict[str, Any]:
-        """What was evaluated, for reports."""
+    def about(self, task: str) -> dict[str, Any]:
+        """What was evaluated, for reports, and with which of the task's options."""
         others = {
             name: str(way.loaded.checkpoint)
             for name, way in self.ways.items()
@@ -84,10 +87,11 @@ class Evaluated:
             "window_size": self.model.config.model.window_size,
             "chunk_size": self.model.config.inner.chunk_size,
             "length": self.length,
+            "asked": dict(self.asked[task]),
         }
 
 
-def load_evaluated(args: argparse.Namespace) -> Evaluated:
+def load_evaluated(args: argparse.Namespace, asked: Mapping[str, Mapping[str, Any]]) -> Evaluated:
     """Loads models and data; raises UserError for what does not fit together."""
     from ttt_megatron.data.dataset import open_dataset
     from ttt_megatron.data.tokenizer import load_tokenizer
@@ -117,6 +121,7 @@ def load_evaluated(args: argparse.Namespace) -> Evaluated:
         documents=args.documents or None,
         batch=args.batch,
         output=Path(args.output or model.run_folder / "evaluation"),
+        asked=asked,
     )
 
 

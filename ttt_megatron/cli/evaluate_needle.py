@@ -74,7 +74,7 @@ def run(evaluated: Evaluated, args: argparse.Namespace) -> None:
             )
         reach = attention_reach(way.loaded.config.model)
         results[name] = NeedleResults(cells=cells, reach=reach)
-    report = needle_report(results, settings, evaluated.about())
+    report = needle_report(results, settings, evaluated.about("needle"))
     publish_task(
         evaluated, report, lambda path, title: draw_needles(results, settings, path, title)
     )

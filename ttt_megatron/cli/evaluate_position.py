@@ -60,5 +60,5 @@ def _measure(evaluated: Evaluated, sequences: "ValidationSequences") -> "Positio
         curves={name: sum_buckets(each, buckets) for name, each in losses.items()},
         documents=[sequence.name for sequence in sequences],
         document_bytes=[len(text.encode("utf-8")) for text in texts],
-        about={**evaluated.about(), "tokens_per_second": speed},
+        about={**evaluated.about("position"), "tokens_per_second": speed},
     )

@@ -70,11 +70,11 @@ def run(args: argparse.Namespace) -> int:
     names = [word for word in args.only if "=" not in word]
     points = make_points(sweep, output, overrides)
     chosen = find_points(points, names, args.only_index)
-    _check_evaluation(sweep)
+    sweep = with_asked(sweep)
     # torch takes seconds to import: not before the file is known to be good.
     from ttt_megatron.sweeps.state import resolve_points
 
-    points = resolve_points(points, sweep.source)
+    points = resolve_points(points, sweep)
     if args.slurm:
         return _submit_array(sweep, points, chosen, output, args, overrides)
     if args.dry_run:
@@ -89,11 +89,15 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def _check_evaluation(sweep: "Sweep") -> None:
-    """Raises UserError if `ttt-megatron evaluate` does not have what the sweep asks of it."""
+def with_asked(sweep: "Sweep") -> "Sweep":
+    """The sweep, knowing what it asks of each task of its evaluation, defaults in place.
+
+    Raises UserError if `ttt-megatron evaluate` does not have what the sweep asks of it.
+    """
     if sweep.evaluate is None:
-        return
+        return sweep
     import difflib
+    from dataclasses import replace
 
     from ttt_megatron.cli import evaluate
     from ttt_megatron.sweeps.job import evaluate_words
@@ -109,9 +113,11 @@ def _check_evaluation(sweep: "Sweep") -> None:
                 f"{near} (`ttt-megatron evaluate --help` lists all)"
             )
     try:
-        parser.parse_args(["MODEL", *evaluate_words(sweep.evaluate)])
+        args = parser.parse_args(["MODEL", *evaluate_words(sweep.evaluate)])
     except UserError as error:
         raise UserError(f"{sweep.source}: measure.evaluate: {error}") from None
+    tasks = args.task or [evaluate.DEFAULT_TASK]
+    return replace(sweep, asked={task: evaluate.asked_options(args, task) for task in tasks})
 
 
 def _list(sweep: "Sweep", points: "list[Point]", chosen: set[str], output: Path) -> int:

@@ -1,6 +1,7 @@
 """Needles in haystacks: prompts of every kind, length and place, and what a model scores."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -79,7 +80,10 @@ class NeedleSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class NeedleCell:
-    """Prompts of one kind, length and place: their scores, and how far back the needle begins."""
+    """Prompts of one kind, length and place: their scores, and how far back the needle begins.
+
+    Both are in the order of the samples; distances are empty where there is no needle.
+    """
 
     kind: int
     length: int
@@ -153,22 +157,38 @@ class ScoreByReach:
 
 
 def score_by_reach(cells: Iterable[NeedleCell], reach: AttentionReach) -> ScoreByReach:
-    """Of all depths and lengths in `cells`."""
+    """Of all depths and lengths in `cells`.
+
+    A sample's prompts have one key, value and haystack at every depth, so standard errors are over
+    samples: a mean's `documents` are samples of each kind and length, its `tokens` prompts.
+    """
     scored = [
-        (score, distance)
+        ((cell.kind, cell.length, sample), score, distance)
         for cell in cells
         if not isinstance(cell.place, str)
-        for score, distance in zip(cell.scores, cell.distances, strict=True)
+        for sample, (score, distance) in enumerate(zip(cell.scores, cell.distances, strict=True))
     ]
-    inside = [score for score, distance in scored if reach.sees(distance)]
+    inside = [(sample, score) for sample, score, distance in scored if reach.sees(distance)]
+    outside = [(sample, score) for sample, score, distance in scored if not reach.sees(distance)]
+    beyond = [(s, score) for s, score, distance in scored if not reach.could_pass_on(distance)]
     return ScoreByReach(
-        inside=mean_score(inside),
-        outside=mean_score([s for s, distance in scored if not reach.sees(distance)]),
-        beyond=mean_score([s for s, distance in scored if not reach.could_pass_on(distance)]),
+        inside=_mean_over_samples(inside),
+        outside=_mean_over_samples(outside),
+        beyond=_mean_over_samples(beyond),
         share_inside=len(inside) / len(scored) if scored else 0.0,
     )
 
 
+def _mean_over_samples(scored: Iterable[tuple[Hashable, float]]) -> Mean:
+    """Of (sample, score) pairs, the scores of one sample being no independent draws."""
+    sums: dict[Hashable, float] = defaultdict(float)
+    counts: Counter[Hashable] = Counter()
+    for sample, score in scored:
+        sums[sample] += score
+        counts[sample] += 1
+    return ratio_mean(np.array([*sums.values()]), np.array([*counts.values()], dtype=np.int64))
+
+
 def mean_score(scores: Sequence[float]) -> Mean:
-    """The mean of scores of single prompts."""
+    """The mean of scores of single prompts, each of a sample of its own."""
     return ratio_mean(np.asarray(scores, dtype=float), np.ones(len(scores)))

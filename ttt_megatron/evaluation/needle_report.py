@@ -98,7 +98,7 @@ def _by_reach(results: Mapping[str, NeedleResults], settings: NeedleSettings) ->
         for kind in settings.kinds:
             found = score_by_reach(each.of(kind), each.reach)
             means = (found.inside, found.outside, found.beyond)
-            counted = [f"{mean_cell(x, digits=2)} ({x.documents})" for x in means]
+            counted = [f"{mean_cell(x, digits=2)} ({x.tokens})" for x in means]
             share = f"{found.share_inside:.0%}"
             rows.append([f"{name}, {KINDS[kind].name}", share, *counted])
     header = [
@@ -108,7 +108,8 @@ def _by_reach(results: Mapping[str, NeedleResults], settings: NeedleSettings) ->
         "found outside",
         "of these beyond all windows",
     ]
-    return Grid(title="where the needle lies (prompts in brackets)", header=header, rows=rows)
+    title = "where the needle lies (prompts in brackets; errors over samples, alike at all depths)"
+    return Grid(title=title, header=header, rows=rows)
 
 
 def _values(results: NeedleResults, settings: NeedleSettings) -> dict[str, Any]:

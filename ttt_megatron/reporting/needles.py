@@ -6,11 +6,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ttt_megatron.evaluation.attention_reach import AttentionReach
 from ttt_megatron.evaluation.formatting import mean_cell
+from ttt_megatron.evaluation.needle import NeedleCell, ScoreByReach, score_by_reach
+from ttt_megatron.evaluation.needle_text import KINDS
 from ttt_megatron.evaluation.statistics import Mean
 from ttt_megatron.evaluation.task_report import Grid
 from ttt_megatron.reporting.evaluations import Evaluation, read_evaluation
 from ttt_megatron.reporting.runs import Group
+from ttt_megatron.reporting.same_measurement import refuse_other_measurements
 from ttt_megatron.reporting.section import Panel, Section
 from ttt_megatron.sweeps.results import seed_mean
 
@@ -18,56 +22,98 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _MOST_MAPS = 8
-_REACHES = ("inside", "outside", "beyond_all_windows")
+_REACHES = ("inside", "outside", "beyond all windows")
+_OPTIONS = "--needles, --lengths, --depths, --samples, --score, --answers and --seed"
 
 
 def needle_section(groups: Sequence[Group]) -> Section | None:
-    """Of the groups that were evaluated, their first way of reading in pictures; None if none."""
+    """Of the groups that were evaluated, their first way of reading in pictures; None if none.
+
+    Raises UserError if two evaluations are not of the same prompts, scored alike.
+    """
     rows: list[list[str]] = []
     panels: list[Panel] = []
     metrics: dict[str, float] = {}
-    legends: dict[str, None] = {}
-    for group in groups:
-        found = [e for run in group.runs if (e := read_evaluation(run, "needle")) is not None]
-        if not found:
-            continue
-        legends |= dict.fromkeys(each.values["legend"] for each in found)
-        for number, way in enumerate(found[0].values["ways"]):
+    labelled = [(group.label, _evaluations(group)) for group in groups]
+    everything = [one for _, found in labelled for one in found]
+    refuse_other_measurements(everything, _measured, _OPTIONS)
+    for group, found in labelled:
+        for number, way in enumerate(_common_ways(found)):
             for task in found[0].values["ways"][way]["by_reach"]:
-                label = f"{group.label}, {way}, {task}"
+                label = f"{group}, {way}, {task}"
                 rows.append([label, *_by_reach(found, way, task)])
                 metrics |= {f"needle/{label}": _all(found, way, task)}
                 if number == 0 and len(panels) < _MOST_MAPS:
-                    panels.append(partial(_draw, found, way, task, f"{group.label}, {task}"))
+                    panels.append(partial(_draw, found, way, task, f"{group}, {task}"))
     if not rows:
         return None
-    header = ["", "inside the window", *(f"found {name.replace('_', ' ')}" for name in _REACHES)]
+    header = ["", "inside the window", *(f"found {name}" for name in _REACHES)]
     return Section(
         title="Needles in haystacks",
-        text="\n\n".join(legends),
+        text="\n\n".join(dict.fromkeys(one.values["legend"] for one in everything)),
         grids=[Grid(title="needles found by where they lay", header=header, rows=rows)],
         panels=panels,
         metrics=metrics,
     )
 
 
+def _evaluations(group: Group) -> list[Evaluation]:
+    """Of those of a group's seeds that were evaluated."""
+    return [found for run in group.runs if (found := read_evaluation(run, "needle")) is not None]
+
+
+def _common_ways(found: Sequence[Evaluation]) -> list[str]:
+    """Ways of reading that all have; none of no evaluations."""
+    each = [one.values["ways"] for one in found]
+    return [way for way in each[0] if all(way in ways for ways in each)] if each else []
+
+
+def _measured(one: Evaluation) -> dict[str, Any]:
+    """What prompts were read and how they were scored."""
+    cells = [cell for way in one.values["ways"].values() for cell in way["cells"]]
+    # The controls are always among the places.
+    depths = {cell["place"] for cell in cells if not isinstance(cell["place"], str)}
+    return {
+        "needles": sorted({cell["task"] for cell in cells}),
+        "lengths": sorted({cell["length"] for cell in cells}),
+        "depths": [f"{depth:.0%}" for depth in sorted(depths)],
+        **{name: one.values[name] for name in ("samples", "score", "answers", "seed")},
+        "answer tokens": one.values["answer_tokens"],
+    }
+
+
 def _by_reach(found: Sequence[Evaluation], way: str, task: str) -> list[str]:
-    each = [one.values["ways"][way]["by_reach"][task] for one in found if way in one.values["ways"]]
-    shares = [one["share_inside"] for one in each]
+    each = [_reached(one.values["ways"][way], task) for one in found]
+    means = ([x.inside for x in each], [x.outside for x in each], [x.beyond for x in each])
     return [
-        f"{sum(shares) / len(shares):.0%}",
-        *(mean_cell(_mean([one[name] for one in each]), digits=2) for name in _REACHES),
+        f"{sum(one.share_inside for one in each) / len(each):.0%}",
+        *(mean_cell(_mean(values), digits=2) for values in means),
     ]
 
 
-def _mean(values: Sequence[dict[str, Any] | None]) -> Mean:
-    """Of seeds' means, as JSON has them; of one seed its own, over prompts."""
-    known = [v for v in values if v is not None and v["mean"] is not None]
+def _reached(way: dict[str, Any], task: str) -> ScoreByReach:
+    """Of one kind's cells, as JSON has them."""
+    (kind,) = (number for number, known in KINDS.items() if known.name == task)
+    cells = [
+        NeedleCell(
+            kind=kind,
+            length=cell["length"],
+            place=cell["place"],
+            scores=tuple(cell["scores"]),
+            distances=tuple(cell["distances"]),
+        )
+        for cell in way["cells"]
+        if cell["task"] == task
+    ]
+    return score_by_reach(cells, AttentionReach(way["window"], way["stacked_windows"]))
+
+
+def _mean(values: Sequence[Mean]) -> Mean:
+    """Over seeds; of one seed its own, over samples."""
+    known = [mean for mean in values if mean.documents]
     if len(known) == 1:
-        error = known[0]["standard_error"]
-        known_error = float("nan") if error is None else error
-        return Mean(known[0]["mean"], known_error, known[0]["documents"], known[0]["tokens"])
-    mean = seed_mean([v["mean"] for v in known])
+        return known[0]
+    mean = seed_mean([one.mean for one in known])
     return Mean(mean.mean, mean.standard_error, mean.seeds, 0)
 
 

@@ -9,6 +9,7 @@ from ttt_megatron.evaluation.statistics import Mean
 from ttt_megatron.evaluation.task_report import Grid
 from ttt_megatron.reporting.evaluations import Evaluation, read_evaluation
 from ttt_megatron.reporting.runs import Group
+from ttt_megatron.reporting.same_measurement import refuse_other_measurements
 from ttt_megatron.reporting.section import Section
 
 _NAN = float("nan")
@@ -33,10 +34,15 @@ def _mean(value: dict[str, Any] | None) -> Mean:
 
 
 def decode_section(groups: Sequence[Group]) -> Section | None:
-    """The judge's loss on what each run decoded; None if none was evaluated."""
+    """The judge's loss on what each run decoded; None if none was evaluated.
+
+    Raises UserError if two runs went on from other text, by other numbers of tokens or other seeds.
+    """
     found = _evaluations(groups, "decode")
     if not found:
         return None
+    options = "--length, --documents, --prefill, --decode and --seed"
+    refuse_other_measurements([one for _, one in found], _decoded, options)
     rows, metrics = [], {}
     for label, one in found:
         for name, judged in one.values["judgements"].items():
@@ -55,11 +61,22 @@ def decode_section(groups: Sequence[Group]) -> Section | None:
     )
 
 
+def _decoded(one: Evaluation) -> dict[str, Any]:
+    """What was gone on from, and how far."""
+    names = ("documents", "prefill", "decoded")
+    return {**{name: one.values[name] for name in names}, "seed": one.about.get("seed")}
+
+
 def leakage_section(groups: Sequence[Group]) -> Section | None:
-    """Whether losses depend on what they must not; None if none was evaluated."""
+    """Whether losses depend on what they must not; None if none was evaluated.
+
+    Raises UserError if two runs read other documents, or other parts of them.
+    """
     found = _evaluations(groups, "leakage")
     if not found:
         return None
+    options = "--length, --documents and --last"
+    refuse_other_measurements([one for _, one in found], _read_for_leakage, options)
     rows = []
     for label, one in found:
         for way, each in one.values["ways"].items():
@@ -84,3 +101,9 @@ def leakage_section(groups: Sequence[Group]) -> Section | None:
         text="\n\n".join(legends),
         grids=[Grid(title="", header=header, rows=rows)],
     )
+
+
+def _read_for_leakage(one: Evaluation) -> dict[str, Any]:
+    """What was read, and the part of it that was measured."""
+    names = ("documents", "last")
+    return {**{name: one.values[name] for name in names}, "length": one.about.get("length")}

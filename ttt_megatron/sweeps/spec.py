@@ -1,5 +1,6 @@
 """What a sweep is: what is varied around a recipe, and what is measured."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,8 @@ class Sweep:
     source: the file; base: the recipe around which is varied; settings: keys that all points have
     besides; named_points: points by name, beside the grid of the axes; seeds: empty leaves the
     base's; loss: the figure of the metrics log that is the result; evaluate: options of
-    `ttt-megatron evaluate` by their names without dashes, None for no evaluation.
+    `ttt-megatron evaluate` by their names without dashes, None for no evaluation; asked: what these
+    come to for each task, as evaluations write it down, once the command has read them.
     """
 
     source: str
@@ -44,6 +46,7 @@ class Sweep:
     seeds: tuple[int, ...] = ()
     loss: str = VALIDATION_LOSS
     evaluate: dict[str, Any] | None = None
+    asked: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def varied(self) -> list[str]:

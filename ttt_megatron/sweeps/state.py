@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ttt_megatron.data.index import read_index
 from ttt_megatron.errors import UserError
 from ttt_megatron.evaluation.report import read_report
 from ttt_megatron.sweeps.points import Point, refuse_points
@@ -14,7 +15,7 @@ from ttt_megatron.sweeps.spec import Sweep
 from ttt_megatron.training.checkpoint_folder import read_config, read_info, resolve_checkpoint
 from ttt_megatron.training.metrics_file import METRICS_FILE, last_row, read_metrics
 from ttt_megatron.training.preflight import find_resumable, resolve_run
-from ttt_megatron.training.resume import refuse_changes
+from ttt_megatron.training.resume import refuse_changes, refuse_other_data
 
 EVALUATIONS = "evaluation"
 POSITION = "position"
@@ -71,8 +72,10 @@ def read_state(point: Point, sweep: Sweep, *, quick: bool = False) -> PointState
     else:
         missing.append(sweep.loss)
     if sweep.evaluate is not None:
-        values |= _loss_by_position(point)
-        missing += [task for task in _tasks(sweep.evaluate) if not _evaluated(point, task)]
+        undone = [t for t in _tasks(sweep.evaluate) if not _evaluated(point, sweep, t)]
+        if POSITION in sweep.asked and POSITION not in undone:
+            values |= _loss_by_position(point)
+        missing += undone
     return PointState(
         step=step, steps=steps, values=values, seconds=seconds, missing=tuple(missing)
     )
@@ -89,19 +92,25 @@ def evaluation_file(folder: Path, task: str) -> Path:
     return folder / EVALUATIONS / f"{stem}.json"
 
 
-def _evaluated(point: Point, task: str) -> bool:
-    """Whether the last step's model was evaluated."""
+def _evaluated(point: Point, sweep: Sweep, task: str) -> bool:
+    """Whether the last step's model was evaluated as the sweep asks, on the data that is there."""
+    if task not in sweep.asked:
+        return False
+    asked = sweep.asked[task]
     try:
         about = json.loads(evaluation_file(point.folder, task).read_text(encoding="utf-8"))["about"]
-        return bool(about["step"] == point.config.training.steps)
-    except (OSError, ValueError, KeyError, TypeError):
+        data = read_index(Path(asked["data"] or point.config.data.path))
+        return bool(
+            about["step"] == point.config.training.steps
+            and all(about["asked"].get(name) == value for name, value in asked.items())
+            and about["data_fingerprint"] == data.fingerprint
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError):
         return False
 
 
 def _loss_by_position(point: Point) -> dict[str, float]:
     """Nats a token over all positions of each way of reading."""
-    if not _evaluated(point, POSITION):
-        return {}
     report = read_report(evaluation_file(point.folder, POSITION))
     return {f"evaluated, {name}": report.mean(name).mean for name in report.curves}
 
@@ -112,11 +121,13 @@ def current_step(point: Point) -> int:
     return 0 if row is None else int(row["step"])
 
 
-def resolve_points(points: Sequence[Point], source: str) -> list[Point]:
+def resolve_points(points: Sequence[Point], sweep: Sweep) -> list[Point]:
     """The points, resolved against their data; each can start, or go on from its checkpoint.
 
-    Raises UserError naming all that cannot.
+    Raises UserError naming all that cannot, or whose checkpoint has other settings or other data,
+    be they finished or not: a table must not hold two kinds of measurements.
     """
+    fixed = ("training.eval_sequences",) if sweep.loss.startswith("validation") else ()
     resolved: list[Point] = []
     problems: dict[str, str] = {}
     starts: set[str] = set()
@@ -126,12 +137,13 @@ def resolve_points(points: Sequence[Point], source: str) -> list[Point]:
             checkpoint = find_resumable(point.folder, quick=True)
             start = config.training.init_from
             if checkpoint is not None:
-                refuse_changes(read_config(checkpoint), config, str(checkpoint))
+                refuse_changes(read_config(checkpoint), config, str(checkpoint), fixed=fixed)
+                refuse_other_data(read_info(checkpoint), config.data.path)
             elif start is not None and start not in starts:
                 resolve_checkpoint(Path(start))
                 starts.add(start)
             resolved.append(replace(point, config=config))
         except UserError as error:
             problems[point.name] = str(error)
-    refuse_points(source, problems, len(points))
+    refuse_points(sweep.source, problems, len(points))
     return resolved

@@ -75,7 +75,9 @@ def plan_table(points: Sequence[Point], states: dict[str, PointState], title: st
     body = []
     for point in points:
         state = states[point.name]
-        words = "finished" if state.finished else f"step {state.step} of {state.steps}"
+        words = f"step {state.step} of {state.steps}"
+        if state.trained:
+            words = f"to measure: {', '.join(state.missing)}" if state.missing else "finished"
         settings = ", ".join(f"{short_key(k)}={show_value(v)}" for k, v in point.settings.items())
         seed = "" if point.seed is None else str(point.seed)
         body.append([str(point.index), point.name, settings, seed, words])
