@@ -186,7 +186,7 @@ def test_a_killed_sweep_leaves_no_run_behind(trained_run, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_task_of_the_array_trains_its_point_and_evaluates_it(trained_run, tmp_path):
+def test_a_task_of_the_array_trains_its_point_and_evaluates_it(trained_run, tmp_path, capsys):
     from mlflow.tracking import MlflowClient
 
     path = write_sweep(
@@ -196,10 +196,19 @@ def test_a_task_of_the_array_trains_its_point_and_evaluates_it(trained_run, tmp_
         set={"tracking.mlflow": True},
         measure={"evaluate": {"documents": 3, "length": 32}},
     )
-    _array(path)
-    script = tmp_path / "out" / "sweep.sbatch"
+    script, tools = tmp_path / "sweep.sbatch", tmp_path / "tools"
+    lines = _array(path, capsys)
+    script.write_text("\n".join(lines))
+    (folder,) = [line.removeprefix("folder=").split()[0] for line in lines if "folder=/" in line]
+    Path(folder).mkdir(parents=True)
+    tools.mkdir()
+    # It starts the command that follows its own options.
+    (tools / "srun").write_text('#!/bin/bash\nwhile [[ $1 == -* ]]; do shift; done\nexec "$@"\n')
+    (tools / "srun").chmod(0o755)
+    slurm = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_JOB_ID": "8", "SLURM_JOB_NODELIST": "here"}
     for task in ("1", "0"):
-        environment = {**os.environ, "SLURM_ARRAY_TASK_ID": task, "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, **slurm, "SLURM_ARRAY_TASK_ID": task, "OMP_NUM_THREADS": "1"}
+        environment["PATH"] = f"{tools}:{environment['PATH']}"
         environment.pop("MLFLOW_TRACKING_URI", None)
         shown = subprocess.run(
             ["bash", str(script)], env=environment, capture_output=True, text=True, timeout=300

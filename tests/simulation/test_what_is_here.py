@@ -71,7 +71,7 @@ def test_a_run_on_other_data_in_the_output_folder_is_refused(folder, tmp_path):
     options = {"inputs": (str(tmp_path / "text.txt"),), "validation": 0, "workers": 1}
     prepare(PrepareOptions(output=str(tmp_path / "data"), **options))
     words = f"data.path={tmp_path / 'data'}", "training.eval_sequences=0"
-    with pytest.raises(UserError, match=r"the data in .* is not the data of the saved position"):
+    with pytest.raises(UserError, match=r"was trained on other data than .*/data holds"):
         simulate(folder, *words)
     # What begins anew may read anything.
     assert simulate(folder, *words, *new(folder)[:1]).parts

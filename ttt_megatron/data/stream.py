@@ -20,16 +20,6 @@ from ttt_megatron.data.packing import EpochPlan, Packing, epoch_plan, rows_per_e
 from ttt_megatron.errors import UserError
 
 
-def refuse_other_data(dataset: TokenDataset, saved: str) -> None:
-    """Raises UserError unless `saved` is the data's fingerprint."""
-    if dataset.fingerprint != saved:
-        raise UserError(
-            f"the data in {dataset.path} is not the data of the saved position (fingerprint "
-            f"{dataset.fingerprint[:12]}, saved {saved[:12]}): restore the data, or start a new "
-            "run from the weights with training.init_from"
-        )
-
-
 @dataclass(frozen=True)
 class Batch:
     """Rows as tensors.
@@ -185,7 +175,11 @@ class TokenStream:
             if state.get(key) == value:
                 continue
             if key == "fingerprint":
-                refuse_other_data(self.dataset, str(state.get(key)))
+                raise UserError(
+                    f"the data in {self.dataset.path} is not the data of the saved position "
+                    f"(fingerprint {value[:12]}, saved {str(state.get(key))[:12]}): restore the "
+                    "data, or start a new run from the weights with training.init_from"
+                )
             raise UserError(
                 f"data.{key}={value} differs from the saved position's {state.get(key)}: set it "
                 "back, or start a new run from the weights with training.init_from"

@@ -7,12 +7,10 @@ from pathlib import Path
 import torch
 
 from ttt_megatron.config.schema import RunConfig
-from ttt_megatron.data.dataset import open_dataset
-from ttt_megatron.data.stream import refuse_other_data
 from ttt_megatron.training.checkpoint_folder import read_config, read_info
 from ttt_megatron.training.initial_weights import refuse_other_weights
 from ttt_megatron.training.preflight import check_data, find_resumable
-from ttt_megatron.training.resume import refuse_changes
+from ttt_megatron.training.resume import refuse_changes, refuse_other_data
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +50,6 @@ class WhatIsHere:
         if checkpoint is not None:
             refuse_changes(read_config(checkpoint), config, str(checkpoint))
             if self.tokens is not None:
-                saved = read_info(checkpoint).data_fingerprint
-                refuse_other_data(open_dataset(config.data.path), saved)
+                refuse_other_data(read_info(checkpoint), config.data.path)
         elif (start := config.training.init_from) is not None and Path(start).exists():
             refuse_other_weights(shapes, start)

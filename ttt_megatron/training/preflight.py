@@ -9,7 +9,7 @@ import torch
 
 from ttt_megatron.config.schema import RunConfig
 from ttt_megatron.data.dataset import open_dataset
-from ttt_megatron.data.stream import TokenStream, refuse_other_data
+from ttt_megatron.data.stream import TokenStream
 from ttt_megatron.data.validation import validation_sequences
 from ttt_megatron.errors import UserError
 from ttt_megatron.training.checkpoint_folder import (
@@ -23,7 +23,7 @@ from ttt_megatron.training.float8 import float8_backend
 from ttt_megatron.training.fused import choose_adam
 from ttt_megatron.training.fused_norm import choose_norm
 from ttt_megatron.training.precision import compute_dtype, parameter_dtype_of
-from ttt_megatron.training.resume import refuse_changes
+from ttt_megatron.training.resume import refuse_changes, refuse_other_data
 
 
 def resolve_run(config: RunConfig) -> RunConfig:
@@ -109,8 +109,7 @@ def check_start(config: RunConfig, *, fresh: bool) -> None:
     checkpoint = None if fresh else find_resumable(output, quick=True)
     if checkpoint is not None:
         refuse_changes(read_config(checkpoint), config, str(checkpoint))
-        saved = read_info(checkpoint).data_fingerprint
-        refuse_other_data(open_dataset(config.data.path), saved)
+        refuse_other_data(read_info(checkpoint), config.data.path)
     elif config.training.init_from is not None:
         resolve_checkpoint(Path(config.training.init_from))
     try:
