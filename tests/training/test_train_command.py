@@ -57,6 +57,36 @@ def test_what_cannot_run_is_refused_before_any_process_starts(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("restarts", "override", "cause"),
+    [
+        ("3", "parallel.elastic=false", "--max-restarts 3"),
+        ("0", "parallel.elastic=true", "elastic"),
+    ],
+)
+def test_fresh_is_refused_where_torchrun_would_start_it_again(
+    restarts: str,
+    override: str,
+    cause: str,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    recipe = _recipe(small_run(data, tmp_path / "run"), tmp_path / "run.yaml")
+    for name, value in (
+        ("RANK", "0"),
+        ("WORLD_SIZE", "1"),
+        ("TORCHELASTIC_MAX_RESTARTS", restarts),
+    ):
+        monkeypatch.setenv(name, value)
+    assert main(["train", recipe, override, "--fresh"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: --fresh, and torchrun may start the ranks again")
+    assert cause in error
+    assert not (tmp_path / "run").exists()
+
+
 def test_sigterm_saves_and_says_how_to_go_on(data: Path, tmp_path: Path) -> None:
     config = small_run(data, tmp_path / "run", training__steps=2000, training__save_interval=2000)
     recipe = _recipe(config, tmp_path / "run.yaml")
