@@ -24,7 +24,7 @@ from ttt_megatron.parallel.groups import Groups, process_groups
 from ttt_megatron.parallel.meeting import Meeting
 from ttt_megatron.parallel.pipeline import own_stages
 from ttt_megatron.parallel.replica import layer_slots
-from ttt_megatron.resilience.events import EVENTS_FILE, recording_failure
+from ttt_megatron.resilience.events import EVENTS_FILE, Event, record_event, recording_failure
 from ttt_megatron.tracing import start_trace, stop_trace
 from ttt_megatron.tracking.journal import JOURNAL_FILE
 from ttt_megatron.tracking.state import TRACKING_FILE
@@ -34,7 +34,12 @@ from ttt_megatron.training.callbacks import build_callbacks
 from ttt_megatron.training.callbacks.metrics_log import METRICS_FILE
 from ttt_megatron.training.callbacks.watchdog import STACKS
 from ttt_megatron.training.checkpoint import RunParts, load_checkpoint
-from ttt_megatron.training.checkpoint_folder import CHECKPOINTS, read_config, sweep
+from ttt_megatron.training.checkpoint_folder import (
+    CHECKPOINTS,
+    read_config,
+    set_damaged_aside,
+    sweep,
+)
 from ttt_megatron.training.engines import build_engine
 from ttt_megatron.training.float8 import float8_scales
 from ttt_megatron.training.fused_norm import choose_norm
@@ -164,8 +169,15 @@ def _find_start(output: Path, fresh: bool) -> Path | None:
     """The checkpoint to go on from, after tidying the folder; on the main rank."""
     if fresh:
         _put_aside(output)
-    sweep(output / CHECKPOINTS)
-    return find_resumable(output)
+    folder = output / CHECKPOINTS
+    sweep(folder)
+    checkpoint = find_resumable(output)
+    if checkpoint is not None:
+        for aside in set_damaged_aside(folder, checkpoint):
+            message = f"a later checkpoint is damaged, and is now {aside}: remove it when you like"
+            logger.warning("%s", message)
+            record_event(output, Event(kind="damaged", message=message))
+    return checkpoint
 
 
 def _put_aside(output: Path) -> None:
