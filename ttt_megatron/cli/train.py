@@ -156,10 +156,11 @@ def _train(args: argparse.Namespace, config: RunConfig) -> int:
         print(f"error: {failure}", file=sys.stderr)
         record_event(Path(config.training.output), Event(kind="failed", message=str(failure)))
         return EXIT_WORKER_FAILED
+    if result.stop_signal is not None:
+        # On every rank: the nodes of an elastic launch must not tell success and failure apart.
+        return EXIT_SIGNAL_BASE + result.stop_signal
     if os.environ.get("RANK", "0") != "0":
         return 0
-    if result.stop_signal is not None:
-        return EXIT_SIGNAL_BASE + result.stop_signal
     print(f"trained {result.step} of {result.steps} steps, last loss {result.last_loss:.4f}")
     print(f"checkpoint  {result.checkpoint}")
     if result.tracking_run is not None:
