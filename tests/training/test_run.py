@@ -1,7 +1,10 @@
 """Whole runs of one process, without a launcher."""
 
+import errno
+import fcntl
 import json
 import math
+import os
 import shutil
 import signal
 import subprocess
@@ -16,7 +19,7 @@ from small_run import losses, small_run
 from ttt_megatron.config import RunConfig, from_dict, to_dict
 from ttt_megatron.data.dataset import open_dataset
 from ttt_megatron.data.validation import validation_sequences
-from ttt_megatron.errors import UserError
+from ttt_megatron.errors import PassingError, UserError
 from ttt_megatron.parallel.groups import process_groups
 from ttt_megatron.resilience.events import read_events
 from ttt_megatron.training.callbacks import Callback
@@ -191,6 +194,18 @@ def test_one_training_at_a_time_in_a_folder(data: Path, tmp_path: Path) -> None:
     finally:
         holder.kill()
         holder.wait()
+
+
+def test_a_file_system_without_locks_is_told_as_that(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "lockf", fail)
+    with pytest.raises(UserError, match=r"run cannot be locked \(No locks available\)") as raised:
+        run_training(small_run(data, tmp_path / "run"))
+    assert not isinstance(raised.value, PassingError)
 
 
 def test_the_vocabulary_is_the_datas_unless_said_otherwise(data: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """A run on one rank, from its resolved configuration to its result."""
 
+import errno
 import fcntl
 import logging
 import os
@@ -7,7 +8,7 @@ import random
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -17,7 +18,7 @@ import torch
 from ttt_megatron.config.schema import RunConfig
 from ttt_megatron.data.dataset import open_dataset
 from ttt_megatron.data.stream import TokenStream
-from ttt_megatron.errors import PassingError
+from ttt_megatron.errors import PassingError, UserError
 from ttt_megatron.meta.chunk_graph import ChunkPrograms
 from ttt_megatron.meta.learner import Learner
 from ttt_megatron.parallel.groups import Groups, process_groups
@@ -195,21 +196,31 @@ def _put_aside(output: Path) -> None:
 
 @contextmanager
 def _locked(output: Path) -> Iterator[None]:
-    """One training at a time in a folder. The lock goes with the process, however it ends."""
+    """One training at a time in a folder. The lock goes with the process, however it ends.
+
+    Raises PassingError if another process holds it, UserError if the file system has no locks.
+    """
     output.mkdir(parents=True, exist_ok=True)
     # A POSIX lock: checkpoint writers forked from this process do not inherit it.
-    with (output / _LOCK_FILE).open("a+") as file:
+    with (output / _LOCK_FILE).open("ab+", buffering=0) as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise UserError(
+                    f"{output} cannot be locked ({error.strerror}), and two trainings in it would "
+                    f"spoil each other: mount that file system with locks (Lustre: -o flock; NFS: "
+                    f"without nolock, with its lock service), or choose another training.output"
+                ) from None
             file.seek(0)
+            holder = file.read().decode(errors="replace").strip() or "(unknown)"
             raise PassingError(
-                f"process {file.read().strip() or '(unknown)'} is training in {output}: wait for "
-                f"it, or choose another training.output"
+                f"process {holder} is training in {output}: wait for it, or choose another "
+                f"training.output"
             ) from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+        with suppress(OSError):  # a full disk: only a message lacks the number then
+            file.truncate(0)
+            file.write(str(os.getpid()).encode())
         yield
 
 
