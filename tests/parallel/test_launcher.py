@@ -2,11 +2,13 @@
 
 import os
 import signal
+import time
 
 import pytest
 import torch.distributed as dist
 
 from ttt_megatron.errors import UserError
+from ttt_megatron.parallel import launcher
 from ttt_megatron.parallel.launcher import WorkerError, launch
 
 
@@ -35,6 +37,28 @@ def test_a_crash_is_told_with_its_traceback() -> None:
 def test_a_killed_worker_is_told_by_its_signal() -> None:
     with pytest.raises(WorkerError, match="SIGKILL"):
         launch(_fail, ("kill",), 2)
+
+
+def test_a_signal_before_there_is_a_worker_ends_the_launch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def no_worker_yet(*arguments: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(launcher, "_run_agent", no_worker_yet)
+    with pytest.raises(SystemExit, match="143"):
+        launch(_fail, ("user",), 1)
+
+
+def _be_asked_to_end_early() -> None:
+    """The parent passes it on to this worker, which does not listen yet."""
+    os.kill(os.getppid(), signal.SIGTERM)
+    time.sleep(60)
+
+
+def test_a_signal_before_the_workers_listen_is_no_crash() -> None:
+    with pytest.raises(SystemExit, match="143"):
+        launch(_be_asked_to_end_early, (), 1)
 
 
 def test_under_torchrun_the_world_must_be_the_recipes(monkeypatch: pytest.MonkeyPatch) -> None:

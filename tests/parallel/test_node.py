@@ -1,10 +1,12 @@
 """torchrun on a node, asked to end."""
 
+import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,19 +18,56 @@ SAVES = "trap 'sleep 2; touch saved-$RANK; exit 143' TERM; touch begun-$RANK; "
 SAVES += "while :; do sleep 0.1; done"
 
 
-@pytest.mark.slow
-def test_asked_twice_it_waits_for_its_processes_and_succeeds(tmp_path: Path) -> None:
-    node = subprocess.Popen([*NODE, "bash", "-c", SAVES], cwd=tmp_path)
+def _until_begun(node: subprocess.Popen[Any], folder: Path) -> None:
     deadline = time.monotonic() + 200
-    while len(list(tmp_path.glob("begun-*"))) < 2:
+    while len(list(folder.glob("begun-*"))) < 2:
         assert node.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_asked_twice_it_waits_for_its_processes_and_succeeds(tmp_path: Path) -> None:
+    node = subprocess.Popen([*NODE, "bash", "-c", SAVES], cwd=tmp_path)
+    _until_begun(node, tmp_path)
     for _ in range(2):
         node.send_signal(signal.SIGTERM)
         time.sleep(0.5)
     assert node.wait(timeout=60) == 0
     assert len(list(tmp_path.glob("saved-*"))) == 2
+
+
+@pytest.mark.slow
+def test_a_process_that_does_not_end_in_time_is_a_failure(tmp_path: Path) -> None:
+    stays = "trap '' TERM; touch begun-$RANK; while :; do sleep 0.1; done"
+    at = NODE.index("--shutdown-timeout")
+    impatient = [*NODE[: at + 1], "1", *NODE[at + 2 :]]
+    node = subprocess.Popen(
+        [*impatient, "bash", "-c", stays], cwd=tmp_path, stderr=subprocess.PIPE, text=True
+    )
+    _until_begun(node, tmp_path)
+    node.send_signal(signal.SIGTERM)
+    _, told = node.communicate(timeout=200)
+    assert node.returncode == 1
+    assert "a rank had not ended in the time given" in told
+
+
+@pytest.mark.slow
+def test_processes_have_an_hour_to_end_unless_said_otherwise(tmp_path: Path) -> None:
+    at = NODE.index("--shutdown-timeout")
+    usual = [*NODE[:at], *NODE[at + 2 :], "bash", "-c"]
+    shown = "echo $TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
+    environment = {k: v for k, v in os.environ.items() if k != "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"}
+    for given, seconds in (({}, "3600"), ({"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "90"}, "90")):
+        told = subprocess.run(
+            [*usual, shown],
+            cwd=tmp_path,
+            env={**environment, **given},
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
+        assert told.stdout.split() == [seconds] * 2
 
 
 def test_the_address_is_the_one_on_the_way_to_the_others() -> None:

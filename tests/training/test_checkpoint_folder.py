@@ -10,9 +10,11 @@ from ttt_megatron.training.checkpoint_folder import (
     commit,
     list_checkpoints,
     newest_complete,
+    newest_step,
     read_info,
     resolve_checkpoint,
     rotate,
+    set_damaged_aside,
     sweep,
     unfinished_path,
     write_info,
@@ -70,11 +72,38 @@ def test_all_damaged_is_an_error_and_none_is_not(tmp_path: Path) -> None:
 def test_rotation_keeps_the_newest_milestones_and_the_last_finite(tmp_path: Path) -> None:
     for step in (10, 20, 30, 40, 50):
         _checkpoint(tmp_path, step, loss=math.nan if step >= 40 else 2.0)
-        rotate(tmp_path, keep_last=2, milestone_interval=20)
+        rotate(tmp_path / checkpoint_name(step), keep_last=2, milestone_interval=20)
     assert _steps(tmp_path) == [20, 30, 40, 50]
-    _checkpoint(tmp_path, 60)
-    rotate(tmp_path, keep_last=1, milestone_interval=0)
+    rotate(_checkpoint(tmp_path, 60), keep_last=1, milestone_interval=0)
     assert _steps(tmp_path) == [60]
+
+
+def test_rotation_spares_the_one_just_written_what_is_later_and_what_does_not_tell(
+    tmp_path: Path,
+) -> None:
+    for step in (100, 120, 200):
+        _checkpoint(tmp_path, step)
+    (tmp_path / checkpoint_name(120) / "info.json").write_text("{")
+    rotate(_checkpoint(tmp_path, 137), keep_last=1, milestone_interval=0)
+    left = [path.name for path in list_checkpoints(tmp_path)]
+    assert left == [checkpoint_name(step) for step in (120, 137, 200)]
+
+
+def test_damaged_checkpoints_are_set_aside_and_count_no_more(tmp_path: Path) -> None:
+    sound = _checkpoint(tmp_path, 100)
+    for _ in range(2):
+        damaged = _checkpoint(tmp_path, 200) / "state" / "weights"
+        damaged.write_bytes(b"cut")
+        [aside] = set_damaged_aside(tmp_path, sound)
+        assert (aside / "state" / "weights").read_bytes() == b"cut"
+    assert _steps(tmp_path) == [100]
+    assert len(list(tmp_path.glob("damaged-step-00000200*"))) == 2
+    assert set_damaged_aside(tmp_path, sound) == []
+    assert newest_step(tmp_path) == 100
+    sweep(tmp_path)
+    rotate(_checkpoint(tmp_path, 137), keep_last=1, milestone_interval=0)
+    assert newest_complete(tmp_path) == tmp_path / checkpoint_name(137)
+    assert len(list(tmp_path.glob("damaged-*"))) == 2
 
 
 def test_what_an_interrupted_write_left_is_no_checkpoint_and_is_swept(tmp_path: Path) -> None:

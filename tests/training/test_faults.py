@@ -1,9 +1,12 @@
 """What befalls the numbers, disks and clocks of a run, and what the run makes of it."""
 
 import resource
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +17,7 @@ from ttt_megatron.errors import UserError
 from ttt_megatron.parallel.groups import process_groups
 from ttt_megatron.resilience.events import read_events
 from ttt_megatron.training.callbacks import Callback
-from ttt_megatron.training.callbacks.metrics_log import read_metrics
+from ttt_megatron.training.callbacks.metrics_log import MetricsLog, read_metrics
 from ttt_megatron.training.callbacks.slow_ranks import SlowRanks, Times
 from ttt_megatron.training.checkpoint_folder import list_checkpoints
 from ttt_megatron.training.records import StepRecord
@@ -193,6 +196,53 @@ def test_a_full_disk_costs_checkpoints_and_no_figures(data: Path, tmp_path: Path
     assert list(losses(tmp_path / "run")) == [1, 2, 3, 4, 5, 6]
     saved = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
     assert saved == ["step-00000006"]
+
+
+def test_a_run_goes_on_though_the_disk_is_full_at_its_start(data: Path, tmp_path: Path) -> None:
+    config = small_run(data, tmp_path / "run")
+    _train(config)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000006")
+    exact, limits = losses(tmp_path / "run"), resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def lift(trainer: Trainer, record: StepRecord) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        _train(config, _Do(5, lift))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "run" / "metrics.jsonl").stat().st_size > 2000
+    assert losses(tmp_path / "run") == exact
+    assert list(exact) == [1, 2, 3, 4, 5, 6]
+
+
+def test_figures_that_wait_are_cut_at_a_rewind_and_written_at_the_end(tmp_path: Path) -> None:
+    path, limits = tmp_path / "metrics.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
+    log = MetricsLog(tmp_path)
+
+    def at(step: int) -> Any:
+        return SimpleNamespace(progress=SimpleNamespace(step=step))
+
+    def figures(*steps: int) -> None:
+        for step in steps:
+            log.on_evaluation(at(step), step, {"loss": float(step)})
+
+    log.on_start(at(0))
+    figures(1)
+    try:
+        # Room for half a line more.
+        room = path.stat().st_size * 3 // 2
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+        figures(2, 3, 4)
+        assert path.stat().st_size == room
+        log.on_rewind(at(3))
+        figures(4)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    log.close(at(4))
+    assert list(losses(tmp_path).items()) == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0)]
+    assert len(path.read_text().splitlines()) == 4
 
 
 def test_a_disk_that_stays_full_ends_the_run_with_what_was_saved(

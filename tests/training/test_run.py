@@ -1,7 +1,11 @@
 """Whole runs of one process, without a launcher."""
 
+import errno
+import fcntl
 import json
 import math
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,8 +19,9 @@ from small_run import losses, small_run
 from ttt_megatron.config import RunConfig, from_dict, to_dict
 from ttt_megatron.data.dataset import open_dataset
 from ttt_megatron.data.validation import validation_sequences
-from ttt_megatron.errors import UserError
+from ttt_megatron.errors import PassingError, UserError
 from ttt_megatron.parallel.groups import process_groups
+from ttt_megatron.resilience.events import read_events
 from ttt_megatron.training.callbacks import Callback
 from ttt_megatron.training.checkpoint_folder import list_checkpoints, read_info
 from ttt_megatron.training.preflight import check_start, resolve_run
@@ -132,6 +137,23 @@ def test_fresh_puts_the_old_run_aside(finished: RunConfig, data: Path, tmp_path:
     assert losses(tmp_path / "run") == losses(tmp_path / "run" / "previous-1")
 
 
+def test_a_damaged_checkpoint_is_set_aside_and_told(
+    finished: RunConfig, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    output = tmp_path / "run"
+    shutil.copytree(_output(finished), output)
+    checkpoints = output / "checkpoints"
+    (checkpoints / "step-00000006" / "info.json").write_text("{")
+    run_training(small_run(data, output, training__keep_last=1))
+    aside = checkpoints / "damaged-step-00000006"
+    assert (aside / "info.json").read_text() == "{"
+    assert [read_info(path).step for path in list_checkpoints(checkpoints)] == [6]
+    assert losses(output) == losses(_output(finished))
+    [event] = [event for event in read_events(output) if event.kind == "damaged"]
+    assert str(aside) in event.message
+    assert event.message in caplog.text
+
+
 def test_diverging_runs_stop_and_keep_the_last_finite_checkpoint(
     data: Path, tmp_path: Path
 ) -> None:
@@ -172,6 +194,18 @@ def test_one_training_at_a_time_in_a_folder(data: Path, tmp_path: Path) -> None:
     finally:
         holder.kill()
         holder.wait()
+
+
+def test_a_file_system_without_locks_is_told_as_that(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "lockf", fail)
+    with pytest.raises(UserError, match=r"run cannot be locked \(No locks available\)") as raised:
+        run_training(small_run(data, tmp_path / "run"))
+    assert not isinstance(raised.value, PassingError)
 
 
 def test_the_vocabulary_is_the_datas_unless_said_otherwise(data: Path, tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """Checkpoints written beside the training: the same as others, complete or not there."""
 
+import errno
 import resource
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -16,6 +18,7 @@ from small_run import losses, small_run
 from ttt_megatron.config import RunConfig
 from ttt_megatron.errors import UserError
 from ttt_megatron.parallel.groups import process_groups
+from ttt_megatron.resilience.events import read_events
 from ttt_megatron.training import background_write
 from ttt_megatron.training.callbacks import Callback
 from ttt_megatron.training.checkpoint_folder import list_checkpoints
@@ -149,6 +152,41 @@ def test_a_rank_that_cannot_write_stops_all_at_the_next_step(data: Path, tmp_pat
     assert "step-00000002 could not be written (rank 1: [Errno 27] File too large" in first
     assert "the same command then goes on from the checkpoint before" in first
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+
+
+@pytest.mark.parametrize("end", ["signal", "last step"])
+def test_an_earlier_save_that_fails_takes_not_the_last_one_along(
+    end: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watch, write = _Watch(), background_write._write_bucket
+
+    class End(Callback):
+        def on_step(self, trainer: Trainer, record: StepRecord) -> None:
+            if end == "signal" and record.step == 3:
+                trainer.stop_signal = signal.SIGTERM
+
+    def first_fails(transforms: Any, index: int, bucket: Any, *more: Any, **options: Any) -> None:
+        if "step-00000002" in str(bucket[0]):
+            deadline = time.monotonic() + 60
+            while watch.step < 4 and time.monotonic() < deadline:  # the last step
+                time.sleep(0.002)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(transforms, index, bucket, *more, **options)
+
+    monkeypatch.setattr(background_write, "_write_bucket", first_fails)
+    config = small_run(
+        data,
+        tmp_path / "run",
+        training__async_save=True,
+        training__save_interval=2,
+        training__steps=4 if end == "last step" else 6,
+        faults__save_attempts=1,
+    )
+    _train(config, watch, End())
+    saved = list_checkpoints(tmp_path / "run" / "checkpoints")
+    assert [path.name for path in saved] == ["step-00000004"]
+    kinds = [event.kind for event in read_events(tmp_path / "run")]
+    assert "save failed" in kinds
 
 
 def test_a_folder_that_cannot_be_made_is_told(data: Path, tmp_path: Path) -> None:

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 from small_run import losses, small_run
 
+from ttt_megatron.cli import train
 from ttt_megatron.cli.main import main
 from ttt_megatron.config import RunConfig, to_yaml
+from ttt_megatron.training.result import TrainingResult
 
 
 def _recipe(config: RunConfig, path: Path) -> str:
@@ -55,6 +57,56 @@ def test_what_cannot_run_is_refused_before_any_process_starts(
     assert said in error
     assert error.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("restarts", "override", "cause"),
+    [
+        ("3", "parallel.elastic=false", "--max-restarts 3"),
+        ("0", "parallel.elastic=true", "elastic"),
+    ],
+)
+def test_fresh_is_refused_where_torchrun_would_start_it_again(
+    restarts: str,
+    override: str,
+    cause: str,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    recipe = _recipe(small_run(data, tmp_path / "run"), tmp_path / "run.yaml")
+    for name, value in (
+        ("RANK", "0"),
+        ("WORLD_SIZE", "1"),
+        ("TORCHELASTIC_MAX_RESTARTS", restarts),
+    ):
+        monkeypatch.setenv(name, value)
+    assert main(["train", recipe, override, "--fresh"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: --fresh, and torchrun may start the ranks again")
+    assert cause in error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_stop_is_no_success_on_any_rank(
+    rank: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = _recipe(small_run(data, tmp_path / "run"), tmp_path / "run.yaml")
+    stopped = TrainingResult(
+        step=3,
+        steps=6,
+        last_loss=1.0,
+        checkpoint="c",
+        tracking_store=None,
+        tracking_run=None,
+        stop_signal=signal.SIGTERM,
+    )
+    monkeypatch.setattr(train, "launch", lambda *arguments: stopped)
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["train", recipe]) == 128 + signal.SIGTERM
 
 
 def test_sigterm_saves_and_says_how_to_go_on(data: Path, tmp_path: Path) -> None:

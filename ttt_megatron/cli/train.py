@@ -19,6 +19,7 @@ from ttt_megatron.cluster.outcome import (
 )
 from ttt_megatron.config import RunConfig, load_recipe
 from ttt_megatron.config.elastic import fit_to_world
+from ttt_megatron.errors import UserError
 from ttt_megatron.parallel.launcher import WorkerError, launch, naming_rank, under_torchrun
 from ttt_megatron.resilience.events import Event, record_event
 from ttt_megatron.resilience.supervisor import end_with_supervisor
@@ -64,7 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fresh",
         action="store_true",
-        help="start over; a run already in training.output is moved to previous-N inside it",
+        help="start over; a run already in training.output is moved to previous-N inside it; not "
+        "where torchrun may start the ranks again",
     )
     add_restart_arguments(parser)
     parser.add_argument(
@@ -118,12 +120,27 @@ def _start(args: argparse.Namespace) -> int:
     config = load_recipe(args.recipe, args.overrides)
     os.environ[RECIPE_VARIABLE] = str(Path(args.recipe).resolve())
     if under_torchrun():
+        if args.fresh:
+            _refuse_fresh_again(config)
         if config.parallel.elastic:
             config = fit_to_world(config, int(os.environ["WORLD_SIZE"]))
     elif args.max_restarts:
         return supervise(args, Path(config.training.output))
     end_with_supervisor()
     return _train(args, config)
+
+
+def _refuse_fresh_again(config: RunConfig) -> None:
+    """Raises UserError where torchrun may start the same command, --fresh and all, again."""
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    if restarts == 0 and not config.parallel.elastic:
+        return
+    cause = "parallel.elastic=true" if restarts == 0 else f"its --max-restarts {restarts}"
+    raise UserError(
+        f"--fresh, and torchrun may start the ranks again ({cause}): every time the run would "
+        f"begin anew. Move {config.training.output} away, or choose another training.output, and "
+        f"leave --fresh out"
+    )
 
 
 def _train(args: argparse.Namespace, config: RunConfig) -> int:
@@ -139,10 +156,11 @@ def _train(args: argparse.Namespace, config: RunConfig) -> int:
         print(f"error: {failure}", file=sys.stderr)
         record_event(Path(config.training.output), Event(kind="failed", message=str(failure)))
         return EXIT_WORKER_FAILED
+    if result.stop_signal is not None:
+        # On every rank: the nodes of an elastic launch must not tell success and failure apart.
+        return EXIT_SIGNAL_BASE + result.stop_signal
     if os.environ.get("RANK", "0") != "0":
         return 0
-    if result.stop_signal is not None:
-        return EXIT_SIGNAL_BASE + result.stop_signal
     print(f"trained {result.step} of {result.steps} steps, last loss {result.last_loss:.4f}")
     print(f"checkpoint  {result.checkpoint}")
     if result.tracking_run is not None:

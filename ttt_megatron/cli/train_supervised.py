@@ -42,16 +42,45 @@ def _number(text: str) -> int:
     return int(text)
 
 
+class _Begun:
+    """Whether what lies in the folder is this training's, and not of a run that --fresh puts aside.
+
+    Told by an event; a full disk may lose that, and then by the folder of checkpoints being
+    another one than at first.
+    """
+
+    def __init__(self, output: Path, *, fresh: bool) -> None:
+        self._output = output
+        self._since = time.time()
+        self._before = _identity(output / CHECKPOINTS)
+        self._begun = not fresh
+
+    def __call__(self) -> bool:
+        if not self._begun:
+            now = _identity(self._output / CHECKPOINTS)
+            self._begun = now not in (None, self._before) or any(
+                event.kind == "started" and event.time >= self._since
+                for event in read_events(self._output)
+            )
+        return self._begun
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    try:
+        status = folder.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
 def supervise(args: argparse.Namespace, output: Path) -> int:
     """Trains by `args` but for the restarts; the last attempt's exit status."""
-    began = time.time()
+    begun = _Begun(output, fresh=args.fresh)
     command = [sys.executable, "-m", "ttt_megatron.cli.main", "train", args.recipe]
 
     def attempt(restarts: int) -> list[str]:
-        events = read_events(output)
-        begun = any(event.kind == "started" and event.time >= began for event in events)
         # What has been put aside for a fresh start is not to be put aside again.
-        return [*command, *args.overrides, *(["--fresh"] if args.fresh and not begun else [])]
+        return [*command, *args.overrides, *([] if begun() else ["--fresh"])]
 
     def tell(sentence: str) -> None:
         print(sentence, file=sys.stderr, flush=True)
@@ -60,7 +89,7 @@ def supervise(args: argparse.Namespace, output: Path) -> int:
     return Supervisor(
         command=attempt,
         policy=RestartPolicy(max_restarts=args.max_restarts, first_wait=args.restart_wait),
-        progress=lambda: newest_step(output / CHECKPOINTS),
+        progress=lambda: newest_step(output / CHECKPOINTS) if begun() else -1,
         final=_FINAL,
         tell=tell,
         attempt=ATTEMPT,

@@ -31,6 +31,7 @@ from ttt_megatron.resilience.lifeline import die_with
 Result = TypeVar("Result")
 
 _ECHO_SECONDS = 0.5
+_SIGNALLED = 128
 _OFTEN_MEANS: dict[int, str] = {
     signal.SIGKILL: "; perhaps the machine ran out of memory",
     signal.SIGABRT: "; with NCCL perhaps another rank was gone, or did not answer within "
@@ -67,6 +68,7 @@ def launch(work: Callable[..., Result], arguments: tuple[Any, ...], processes: i
 
     Raises UserError if torchrun's world size is not `processes`, or with a worker's own UserError,
     and WorkerError if a worker crashed. Of several failed ranks the first to fail is told.
+    SIGTERM or SIGINT before the workers listen to it raises SystemExit with 128 + its number.
     """
     if under_torchrun():
         world_size = int(os.environ["WORLD_SIZE"])
@@ -81,13 +83,17 @@ def launch(work: Callable[..., Result], arguments: tuple[Any, ...], processes: i
     with (
         tempfile.TemporaryDirectory(prefix="ttt-megatron-") as folder,
         _threads_for(processes),
-        _forwarded_signals(),
+        _forwarded_signals() as asked,
     ):
-        return _run_agent(work, arguments, processes, Path(folder))
+        return _run_agent(work, arguments, processes, Path(folder), asked)
 
 
 def _run_agent(
-    work: Callable[..., Result], arguments: tuple[Any, ...], processes: int, folder: Path
+    work: Callable[..., Result],
+    arguments: tuple[Any, ...],
+    processes: int,
+    folder: Path,
+    asked: list[int],
 ) -> Result:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -116,6 +122,9 @@ def _run_agent(
         results = elastic_launch(config, _worker)(str(folder), os.getpid(), work, arguments)
     except ChildFailedError as failed:
         rank, failure = failed.get_first_failure()
+        # Before it listened, with nothing to save.
+        if asked and failure.exitcode == -signal.SIGTERM:
+            raise SystemExit(_SIGNALLED + asked[0]) from None
         raise _first_failure(folder, processes, rank, failure.exitcode) from None
     return pickle.loads(results[0])
 
@@ -171,22 +180,28 @@ def _threads_for(processes: int) -> Iterator[None]:
 
 
 @contextmanager
-def _forwarded_signals() -> Iterator[None]:
-    """SIGTERM and SIGINT ask the workers to stop after their step; a second SIGINT kills them."""
-    asked = 0
+def _forwarded_signals() -> Iterator[list[int]]:
+    """SIGTERM and SIGINT ask the workers to stop after their step; a second SIGINT kills them.
+
+    Without any worker, one ends this process. Gives the signals that came.
+    """
+    asked: list[int] = []
 
     def forward(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        asked += number == signal.SIGINT
-        for child in multiprocessing.active_children():
+        asked.append(number)
+        children = multiprocessing.active_children()
+        for child in children:
             if child.pid is not None:
-                os.kill(child.pid, signal.SIGKILL if asked > 1 else signal.SIGTERM)
+                kill = asked.count(signal.SIGINT) > 1
+                os.kill(child.pid, signal.SIGKILL if kill else signal.SIGTERM)
+        if not children:
+            raise SystemExit(_SIGNALLED + number)
 
     previous = {
         number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)
     }
     try:
-        yield
+        yield asked
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

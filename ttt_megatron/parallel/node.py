@@ -2,7 +2,8 @@
 
 Asked to end by SIGTERM, torchrun asks its processes and waits for them, but a second SIGTERM, which
 Slurm sends where another node was quicker, would break the wait off, and it fails in the end. Here
-later ones are left alone, and an end that was asked for is no failure.
+later ones are left alone, and an end that was asked for is no failure, unless a process had not
+ended by TORCH_ELASTIC_SHUTDOWN_TIMEOUT seconds later and was killed: it may not have saved.
 
 Restarted, torchrun's processes would meet in the store of the first start and find the addresses of
 processes that are gone. Here each start has a store of its own, with the first process.
@@ -17,15 +18,27 @@ from types import FrameType
 
 EXIT_FAILED = 1
 _OWN_STORES = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+_PATIENCE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
+# Longer than any step with its checkpoint; processes that hang end by faults.hang_minutes.
+_PATIENCE_SECONDS = 3600
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs torchrun; 0 if its processes succeeded or were asked to end, 1 if one failed."""
-    from torch.distributed.elastic.multiprocessing.api import SignalException
+    """Runs torchrun; 0 if its processes succeeded or were asked to end, 1 if one failed.
+
+    1 as well if one was asked to end, did not, and was killed.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException, SubprocessHandler
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
-    asked = False
+    asked, killed = False, False
+    close = SubprocessHandler.close
+
+    def noting_close(self: SubprocessHandler, death_sig: signal.Signals | None = None) -> None:
+        nonlocal killed
+        killed |= asked and death_sig == signal.SIGKILL
+        close(self, death_sig)
 
     def ask(number: int, frame: FrameType | None) -> None:
         nonlocal asked
@@ -34,7 +47,9 @@ def main(arguments: Sequence[str]) -> int:
             raise SignalException("asked to end", sigval=signal.SIGTERM)
 
     signal.signal(signal.SIGTERM, ask)
+    SubprocessHandler.close = noting_close  # type: ignore[method-assign]
     os.environ.setdefault(_OWN_STORES, "1")
+    os.environ.setdefault(_PATIENCE, str(_PATIENCE_SECONDS))
     if "--local-addr" not in arguments and "--rdzv-endpoint" in arguments:
         endpoint = arguments[arguments.index("--rdzv-endpoint") + 1]
         arguments = ["--local-addr", own_address(endpoint), *arguments]
@@ -42,7 +57,13 @@ def main(arguments: Sequence[str]) -> int:
         # That torchrun does not take SIGTERM from the handler above.
         torchrun(["--signals-to-handle", signal.SIGINT.name, *arguments])
     except SignalException:
-        return 0
+        if killed:
+            print(
+                f"a rank had not ended in the time given ({_PATIENCE} or --shutdown-timeout) and "
+                f"was killed: the run goes on from its last checkpoint",
+                file=sys.stderr,
+            )
+        return EXIT_FAILED if killed else 0
     except ChildFailedError as failed:
         # The rank's own message stands above; torchrun would add two pages to it.
         rank, failure = failed.get_first_failure()

@@ -21,6 +21,7 @@ _ATTEMPTS = (ATTEMPT, _ELASTIC, "SLURM_RESTART_COUNT")
 Kind = Literal[
     "started",
     "resumed",
+    "damaged",
     "skipped",
     "spike",
     "rewound",

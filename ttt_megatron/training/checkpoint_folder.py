@@ -5,6 +5,7 @@ import logging
 import shutil
 import uuid
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -29,6 +30,7 @@ STATE = "state"
 MODEL_KEY = "model"
 TOKENIZER = "tokenizer"
 _PREFIX = "step-"
+_DAMAGED = "damaged-"
 _UNFINISHED = ".tmp-"
 
 
@@ -86,7 +88,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
     found = [
         p for p in folder.glob(f"{_PREFIX}*") if p.name[len(_PREFIX) :].isdigit() and p.is_dir()
     ]
-    return sorted(found, key=lambda p: int(p.name[len(_PREFIX) :]))
+    return sorted(found, key=_step)
 
 
 def newest_complete(folder: Path, *, quick: bool = False) -> Path | None:
@@ -115,7 +117,7 @@ def newest_step(folder: Path) -> int:
     """The step of the newest checkpoint that has all its files, by their sizes; -1 without one."""
     for checkpoint in reversed(list_checkpoints(folder)):
         if find_damage(checkpoint, hashes=False) is None:
-            return int(checkpoint.name[len(_PREFIX) :])
+            return _step(checkpoint)
     return -1
 
 
@@ -153,35 +155,62 @@ def commit(beside: Path, final: Path, written: Entries | None = None) -> None:
     sync_to_disk(final.parent)
 
 
+def set_damaged_aside(folder: Path, sound: Path) -> list[Path]:
+    """Renames the checkpoints later than `sound`, which were found damaged, to damaged-step-….
+
+    They are counted and gone on from no more, and nothing of them is removed. Returns the new
+    paths, oldest first.
+    """
+    aside = []
+    for checkpoint in list_checkpoints(folder):
+        if _step(checkpoint) > _step(sound):
+            target, number = folder / f"{_DAMAGED}{checkpoint.name}", 1
+            while target.exists():
+                number += 1
+                target = folder / f"{_DAMAGED}{checkpoint.name}-{number}"
+            with suppress(OSError):  # left where it is, it is still not counted by `retire`
+                aside.append(checkpoint.rename(target))
+    return aside
+
+
 def sweep(folder: Path) -> None:
     """Removes what interrupted writes left behind."""
     remove(folder.glob(f"*{_UNFINISHED}*"))
 
 
-def rotate(folder: Path, keep_last: int, milestone_interval: int) -> None:
-    """Removes checkpoints that are not among the newest, no milestone, nor the last finite one."""
-    remove(retire(folder, keep_last, milestone_interval))
+def rotate(committed: Path, keep_last: int, milestone_interval: int) -> None:
+    """Removes what is not among the newest up to `committed`, no milestone, nor the last finite.
+
+    What is later than the checkpoint just committed, or does not tell what it is, stays uncounted.
+    """
+    remove(retire(committed, keep_last, milestone_interval))
 
 
-def retire(folder: Path, keep_last: int, milestone_interval: int) -> list[Path]:
+def retire(committed: Path, keep_last: int, milestone_interval: int) -> list[Path]:
     """Takes their names from the checkpoints that `rotate` removes; returns what is left of them.
 
     A half-removed folder never looks like a checkpoint.
     """
-    checkpoints = list_checkpoints(folder)
-    keep = set(checkpoints[-keep_last:])
-    infos = {path: read_info(path) for path in checkpoints if (path / INFO).exists()}
-    finite = [path for path in checkpoints if path in infos and infos[path].finite]
-    keep |= set(finite[-1:])
+    infos: dict[Path, CheckpointInfo] = {}
+    for path in list_checkpoints(committed.parent):
+        if _step(path) <= _step(committed):
+            with suppress(UserError):
+                infos[path] = read_info(path)
+    keep = {committed, *list(infos)[-keep_last:]}
+    keep |= set([path for path, info in infos.items() if info.finite][-1:])
     if milestone_interval:
         keep |= {path for path, info in infos.items() if info.step % milestone_interval == 0}
-    return [_without_name(path) for path in checkpoints if path not in keep]
+    return [_without_name(path) for path in infos if path not in keep]
 
 
 def remove(folders: Iterable[Path]) -> None:
     """Removes what is not needed any more; what cannot be removed is left for `sweep`."""
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name[len(_PREFIX) :])
 
 
 def _without_name(checkpoint: Path) -> Path:

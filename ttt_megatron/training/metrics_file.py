@@ -20,6 +20,29 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def cut_metrics(path: Path, step: int) -> None:
+    """Ends the file before its first row of a later step, or that cannot be read.
+
+    Takes no room on the disk. Raises OSError if the file cannot be read or cut.
+    """
+    if not path.exists():
+        return
+    kept = 0
+    with path.open("rb+") as file:
+        for line in file:
+            if not (line.endswith(b"\n") and _is_row_up_to(step, line)):
+                break
+            kept += len(line)
+        file.truncate(kept)
+
+
+def _is_row_up_to(step: int, line: bytes) -> bool:
+    try:
+        return bool(json.loads(line)["step"] <= step)
+    except (ValueError, TypeError, KeyError):
+        return False
+
+
 def last_row(path: Path, key: str = "step") -> dict[str, Any] | None:
     """The newest row that has a figure of this name, looked for in the file's end alone; cheap."""
     try:

@@ -1,5 +1,6 @@
 """A run on one rank, from its resolved configuration to its result."""
 
+import errno
 import fcntl
 import logging
 import os
@@ -7,7 +8,7 @@ import random
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -17,14 +18,14 @@ import torch
 from ttt_megatron.config.schema import RunConfig
 from ttt_megatron.data.dataset import open_dataset
 from ttt_megatron.data.stream import TokenStream
-from ttt_megatron.errors import PassingError
+from ttt_megatron.errors import PassingError, UserError
 from ttt_megatron.meta.chunk_graph import ChunkPrograms
 from ttt_megatron.meta.learner import Learner
 from ttt_megatron.parallel.groups import Groups, process_groups
 from ttt_megatron.parallel.meeting import Meeting
 from ttt_megatron.parallel.pipeline import own_stages
 from ttt_megatron.parallel.replica import layer_slots
-from ttt_megatron.resilience.events import EVENTS_FILE, recording_failure
+from ttt_megatron.resilience.events import EVENTS_FILE, Event, record_event, recording_failure
 from ttt_megatron.tracing import start_trace, stop_trace
 from ttt_megatron.tracking.journal import JOURNAL_FILE
 from ttt_megatron.tracking.state import TRACKING_FILE
@@ -34,7 +35,12 @@ from ttt_megatron.training.callbacks import build_callbacks
 from ttt_megatron.training.callbacks.metrics_log import METRICS_FILE
 from ttt_megatron.training.callbacks.watchdog import STACKS
 from ttt_megatron.training.checkpoint import RunParts, load_checkpoint
-from ttt_megatron.training.checkpoint_folder import CHECKPOINTS, read_config, sweep
+from ttt_megatron.training.checkpoint_folder import (
+    CHECKPOINTS,
+    read_config,
+    set_damaged_aside,
+    sweep,
+)
 from ttt_megatron.training.engines import build_engine
 from ttt_megatron.training.float8 import float8_scales
 from ttt_megatron.training.fused_norm import choose_norm
@@ -164,8 +170,15 @@ def _find_start(output: Path, fresh: bool) -> Path | None:
     """The checkpoint to go on from, after tidying the folder; on the main rank."""
     if fresh:
         _put_aside(output)
-    sweep(output / CHECKPOINTS)
-    return find_resumable(output)
+    folder = output / CHECKPOINTS
+    sweep(folder)
+    checkpoint = find_resumable(output)
+    if checkpoint is not None:
+        for aside in set_damaged_aside(folder, checkpoint):
+            message = f"a later checkpoint is damaged, and is now {aside}: remove it when you like"
+            logger.warning("%s", message)
+            record_event(output, Event(kind="damaged", message=message))
+    return checkpoint
 
 
 def _put_aside(output: Path) -> None:
@@ -183,21 +196,31 @@ def _put_aside(output: Path) -> None:
 
 @contextmanager
 def _locked(output: Path) -> Iterator[None]:
-    """One training at a time in a folder. The lock goes with the process, however it ends."""
+    """One training at a time in a folder. The lock goes with the process, however it ends.
+
+    Raises PassingError if another process holds it, UserError if the file system has no locks.
+    """
     output.mkdir(parents=True, exist_ok=True)
     # A POSIX lock: checkpoint writers forked from this process do not inherit it.
-    with (output / _LOCK_FILE).open("a+") as file:
+    with (output / _LOCK_FILE).open("ab+", buffering=0) as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise UserError(
+                    f"{output} cannot be locked ({error.strerror}), and two trainings in it would "
+                    f"spoil each other: mount that file system with locks (Lustre: -o flock; NFS: "
+                    f"without nolock, with its lock service), or choose another training.output"
+                ) from None
             file.seek(0)
+            holder = file.read().decode(errors="replace").strip() or "(unknown)"
             raise PassingError(
-                f"process {file.read().strip() or '(unknown)'} is training in {output}: wait for "
-                f"it, or choose another training.output"
+                f"process {holder} is training in {output}: wait for it, or choose another "
+                f"training.output"
             ) from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+        with suppress(OSError):  # a full disk: only a message lacks the number then
+            file.truncate(0)
+            file.write(str(os.getpid()).encode())
         yield
 
 

@@ -150,7 +150,7 @@ class Saver:
         _copy_tokenizer(Path(self._config.data.path), save.beside / TOKENIZER)
         write_info(save.beside, save.info)
         commit(save.beside, save.final, written)
-        doomed = retire(self._folder, training.keep_last, training.milestone_interval)
+        doomed = retire(save.final, training.keep_last, training.milestone_interval)
         if self._removal is not None:
             self._removal.join()
         self._removal = threading.Thread(target=remove, args=(doomed,), daemon=True)

@@ -77,6 +77,8 @@ class Trainer:
     """How long the newest checkpoint kept training from going on."""
     _saver: Saver = field(init=False)
     _failed_saves: int = 0
+    _save_step: int = 0
+    """Of the newest save that was begun."""
 
     def __post_init__(self) -> None:
         self._saver = Saver(self.parts, self.config)
@@ -256,6 +258,7 @@ class Trainer:
         self._require_finite()
         start, self.seconds_stopped = time.perf_counter(), 0.0
         progress = self.progress
+        self._save_step = progress.step
         info = CheckpointInfo(
             path="",
             step=progress.step,
@@ -304,7 +307,11 @@ class Trainer:
     def _bear(self, error: SaveError) -> None:
         """Goes on without the checkpoint, unless it was the last or one too many."""
         self._failed_saves += 1
-        if self.finished or self.stopped or self._failed_saves >= self.config.faults.save_attempts:
+        ends = self.finished or self.stopped
+        # At the end one more is still tried behind an earlier one.
+        last = ends and self._save_step == self.progress.step
+        many = not ends and self._failed_saves >= self.config.faults.save_attempts
+        if last or many:
             raise error
         self.tell("save failed", f"{error}. Training goes on")
 
