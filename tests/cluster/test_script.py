@@ -128,6 +128,7 @@ class _Cluster:
     attempts: list[str]
     state: str = "RUNNING"
     job: str = "7"
+    mark_when_asked: Path | None = None
 
     def __post_init__(self) -> None:
         tools = self.folder / "tools"
@@ -176,7 +177,7 @@ class _Cluster:
             statuses.append(process.returncode)
             log += printed
             calls = self.calls.read_text().splitlines() if self.calls.exists() else []
-            if calls.count(self.job) == number:
+            if calls.count("5_3" if changes.get("array") else self.job) == number:
                 break
         return statuses, log
 
@@ -218,12 +219,14 @@ def test_an_end_for_good_is_never_tried_again(does, status, said, tmp_path):
     assert not cluster.calls.exists()
 
 
-def _ask(cluster: _Cluster) -> tuple[int, str]:
-    process = cluster.start(0)
+def _ask(cluster: _Cluster, **changes) -> tuple[int, str]:
+    process = cluster.start(0, **changes)
     deadline = time.monotonic() + 60
     while not (cluster.folder / "started").exists():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+    if cluster.mark_when_asked is not None:
+        cluster.mark_when_asked.touch()
     process.send_signal(signal.SIGTERM)
     printed, _ = process.communicate(timeout=60)
     return process.returncode, printed
@@ -251,21 +254,26 @@ def test_a_cancelled_job_is_not_queued_again(mark, tmp_path):
     if mark:
         folder = tmp_path / "run" / "slurm"
         folder.mkdir(parents=True)
-        (folder / "7.cancelled").touch()
+        cluster.mark_when_asked = folder / "7.cancelled"
     status, log = _ask(cluster)
     assert status == 143
     assert "7" not in cluster.calls.read_text().splitlines()
     assert ("cancelled; the same recipe" if mark else "Slurm is ending the job (COMPLETING") in log
 
 
-def test_a_task_of_an_array_goes_by_its_exit_status(tmp_path):
-    changes = {
+def _array(folder: Path) -> dict[str, object]:
+    """Changes that make the job an array, whose task 3 runs."""
+    return {
         "array": "2-3%1",
         "torchrun": False,
         "command": ["sweep", "s.yaml", "--only-index"],
         "raw": ['"$SLURM_ARRAY_TASK_ID"'],
-        "outputs": {2: tmp_path / "run", 3: tmp_path / "other"},
+        "outputs": {2: folder / "run", 3: folder / "other"},
     }
+
+
+def test_a_task_of_an_array_goes_by_its_exit_status(tmp_path):
+    changes = _array(tmp_path)
     words = f'echo "${{*: -1}}" >>{tmp_path}/words; exit '
     cluster = _Cluster(tmp_path, [words + "1", words + "2", words + "0"])
     statuses, log = cluster.run(**changes)
@@ -274,3 +282,17 @@ def test_a_task_of_an_array_goes_by_its_exit_status(tmp_path):
     assert (tmp_path / "run" / "slurm" / "5_3.state").read_text() == "0 2 refused 2\n"
     assert "not tried again, as the same would come of it: see the error above" in log
     _checked((tmp_path / "job.sbatch").read_text(), tmp_path)
+
+
+@pytest.mark.parametrize("cancelled", [True, False])
+def test_a_task_signals_queues_and_cancels_itself_alone(cancelled, tmp_path):
+    """Also the task whose SLURM_JOB_ID is the number of the array."""
+    cluster = _Cluster(tmp_path, [SAVES.format(tmp_path)], job="5")
+    if cancelled:
+        folder = tmp_path / "run" / "slurm"
+        folder.mkdir(parents=True)
+        cluster.mark_when_asked = folder / "5.cancelled"
+    status, _ = _ask(cluster, **_array(tmp_path))
+    assert status == (143 if cancelled else 0)
+    last = "scancel 5_3" if cancelled else "5_3"
+    assert cluster.calls.read_text().splitlines() == ["scancel --signal=TERM 5_3", last]
