@@ -129,6 +129,7 @@ class _Cluster:
     state: str = "RUNNING"
     job: str = "7"
     mark_when_asked: Path | None = None
+    backoff: int = 0
 
     def __post_init__(self) -> None:
         tools = self.folder / "tools"
@@ -142,7 +143,7 @@ class _Cluster:
     def start(self, number: int, **changes) -> subprocess.Popen[str]:
         job = _job(self.folder, **changes)
         job.folder.mkdir(parents=True, exist_ok=True)
-        profile = cpu_profile(max_fruitless_requeues=2, backoff_seconds=0)
+        profile = cpu_profile(max_fruitless_requeues=2, backoff_seconds=self.backoff)
         script, does = self.folder / "job.sbatch", self.folder / f"does-{number}"
         script.write_text(render(job, profile))
         outcome = job.folder / f"{self.job}.{number + 1}.outcome"
@@ -259,6 +260,35 @@ def test_a_cancelled_job_is_not_queued_again(mark, tmp_path):
     assert status == 143
     assert "7" not in cluster.calls.read_text().splitlines()
     assert ("cancelled; the same recipe" if mark else "Slurm is ending the job (COMPLETING") in log
+
+
+def test_a_job_that_is_cancelled_while_it_rests_is_not_queued_again(tmp_path):
+    """`ttt-megatron cancel` signals the script, which waits before the next attempt."""
+    cluster = _Cluster(tmp_path, ["exit 1"], backoff=300)
+    process = cluster.start(0)
+    for line in process.stdout:
+        if "waiting for 300 seconds" in line:
+            break
+    (tmp_path / "run" / "slurm" / "7.cancelled").touch()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 143
+    calls = cluster.calls.read_text().splitlines()
+    assert "7" not in calls
+    assert calls[-1] == "scancel 7"
+    assert (tmp_path / "run" / "slurm" / "7.state").read_text() == "0 1 cancelled 1\n"
+
+
+def test_an_attempt_that_begins_cancelled_ends_at_once(tmp_path):
+    """`ttt-megatron cancel` came when the job was queued again and not yet pending."""
+    folder = tmp_path / "run" / "slurm"
+    folder.mkdir(parents=True)
+    (folder / "7.cancelled").touch()
+    cluster = _Cluster(tmp_path, [f"touch {tmp_path}/started"])
+    statuses, log = cluster.run()
+    assert statuses == [143]
+    assert not (tmp_path / "started").exists()
+    assert cluster.calls.read_text() == "scancel 7\n"
+    assert "cancelled; the same recipe, submitted anew, goes on from step 0" in log
 
 
 def _array(folder: Path) -> dict[str, object]:
