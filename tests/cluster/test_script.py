@@ -14,10 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from cluster.cluster_case import cpu_profile
+from cluster.cluster_case import cpu_profile, write_profile, write_recipe
+from sweeps.sweep_files import write_sweep
 
+from ttt_megatron.cli.main import main
 from ttt_megatron.cluster.profile import load_profile
 from ttt_megatron.cluster.script import Job, render
+from ttt_megatron.sweeps.points import make_points
+from ttt_megatron.sweeps.slurm import array_script
+from ttt_megatron.sweeps.sweep_file import read_sweep
 
 AWKWARD = 'it\'s a "name" with $HOME and `date`'
 
@@ -98,6 +103,46 @@ def test_a_container_sees_the_folders_that_the_run_needs(tmp_path):
     text = render(_job(tmp_path, mounts=[Path("/data")]), profile)
     assert f"--container-mounts={tmp_path}:{tmp_path},/data:/data,/a:/b" in text
     assert f"--container-workdir={tmp_path}" in text
+
+
+def _mounted(printed: str) -> list[str]:
+    return re.search(r"--container-mounts=([^ ']*)", printed).group(1).split(",")
+
+
+def test_a_container_sees_where_links_lead_and_what_lies_elsewhere(tmp_path, monkeypatch, capsys):
+    """As clusters have it: runs and data on a scratch disk, linked into the folder of the code."""
+    work, scratch, shared = tmp_path / "work", tmp_path / "scratch", tmp_path / "shared"
+    for folder in (work, scratch / "runs", shared / "recipes" / "small"):
+        folder.mkdir(parents=True)
+    (work / "runs").symlink_to(scratch / "runs")
+    (work / "data").symlink_to(scratch / "data")  # which comes later
+    recipe = write_recipe(shared / "recipes" / "small" / "r.yaml", "data/words", "runs/r")
+    text = recipe.read_text().replace("name: r", "name: r\nextends: ../../bases/b.yaml")
+    recipe.write_text(text)
+    (shared / "bases").mkdir()
+    (shared / "bases" / "b.yaml").write_text("inner: {lr: 0.1}\n")
+    write_profile(work / "p.yaml", container={"image": "i.sqsh"})
+    monkeypatch.chdir(work)
+    words = [str(recipe), f"training.init_from={tmp_path}/old/run", "--profile", "p.yaml"]
+    assert main(["submit", *words, "parallel.data=1", "--dry-run"]) == 0
+    wanted = [work, scratch / "runs", scratch / "data" / "words", tmp_path / "old" / "run"]
+    wanted += [shared / "recipes" / "small", shared / "bases"]
+    assert _mounted(capsys.readouterr().out) == [f"{path}:{path}" for path in wanted]
+
+
+def test_a_container_of_a_sweep_sees_them_too(tmp_path, monkeypatch):
+    work, shared = tmp_path / "work", tmp_path / "shared"
+    for folder in (work, tmp_path / "scratch", shared):
+        folder.mkdir(parents=True)
+    (work / "runs").symlink_to(tmp_path / "scratch")
+    path = write_sweep(shared, tmp_path / "data", axes={"inner.lr": [1, 2]})
+    monkeypatch.chdir(work)
+    sweep, output = read_sweep(path), Path("runs/sweep")
+    points = make_points(sweep, output, [])
+    profile = cpu_profile(container={"image": "i.sqsh"})
+    text = array_script(sweep, points, output, None, [], profile)
+    wanted = [work, tmp_path / "scratch" / "sweep", tmp_path / "data", shared]
+    assert sorted(_mounted(text)) == sorted(f"{path}:{path}" for path in wanted)
 
 
 def test_awkward_words_reach_the_run_as_they_are(tmp_path):
