@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from ttt_megatron.cli.main import main
-from ttt_megatron.cluster.cancel import with_dependents
+from ttt_megatron.cluster.cancel import cancel_jobs, with_dependents
 from ttt_megatron.cluster.logs import last_attempt, last_lines
 from ttt_megatron.cluster.records import JobRecord, add_record, find_record, read_records
 from ttt_megatron.cluster.slurm import parse_sacct, parse_squeue
@@ -133,6 +133,38 @@ def test_what_waits_is_cancelled_too(tmp_path):
     known = [first, second, third, other]
     assert with_dependents([first], known) == [first, second, third]
     assert with_dependents([third], known) == [third]
+
+
+@pytest.mark.parametrize(
+    ("states", "now", "calls", "said"),
+    [
+        (
+            {"0": "COMPLETED", "1": "RUNNING", "2": "RUNNING", "3": "PENDING", "4": "SUSPENDED"},
+            False,
+            ["scancel --state=PENDING 5", "scancel 5_4", "scancel --batch --signal=TERM 5"],
+            "2 running tasks save after their current steps and end, 2 others cancelled",
+        ),
+        ({"0": "PENDING", "1": "PENDING"}, False, ["scancel 5"], "cancelled"),
+        ({"0": "RUNNING", "1": "PENDING"}, True, ["scancel 5"], "cancelled"),
+    ],
+)
+def test_tasks_that_run_save_while_those_that_wait_are_cancelled(
+    states, now, calls, said, tmp_path, monkeypatch
+):
+    record = _record("5", tmp_path, tasks={index: str(tmp_path / index) for index in states})
+    Path(record.folder).mkdir()
+    given = []
+
+    def slurm(command):
+        given.append(" ".join(command))
+        return "".join(f"5_{index}|{state}|None|0:01|0:09|n1\n" for index, state in states.items())
+
+    monkeypatch.setattr("ttt_megatron.cluster.slurm.run_slurm", slurm)
+    monkeypatch.setattr("ttt_megatron.cluster.cancel.run_slurm", slurm)
+    assert cancel_jobs([record], now=now) == {"5": said}
+    assert given[0].startswith("squeue ")
+    assert given[1:] == calls
+    assert (Path(record.folder) / "5.cancelled").exists()
 
 
 def test_the_last_attempt_is_shown(tmp_path, monkeypatch, capsys):
