@@ -217,8 +217,9 @@ def source_commit() -> str:
     return found if re.fullmatch(r"[0-9a-f]{40}(-dirty)?", found) else ttt_megatron.__version__
 
 
-def sbatch_line(after: Sequence[str]) -> str:
-    """The command by which a script would be submitted, for --dry-run."""
-    if not after:
-        return "sbatch SCRIPT"
-    return f"sbatch --dependency=afterok:{':'.join(after)} --kill-on-invalid-dep=yes SCRIPT"
+def submission_lines(stage: Stage, after: Sequence[str]) -> list[str]:
+    """The commands by which a stage's script could be submitted by hand, for --dry-run."""
+    words = ["sbatch"]
+    if after:
+        words += [f"--dependency=afterok:{':'.join(after)}", "--kill-on-invalid-dep=yes"]
+    return [shlex.join(["mkdir", "-p", str(stage.folder)]), " ".join([*words, "SCRIPT"])]
