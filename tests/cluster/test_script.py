@@ -11,6 +11,7 @@ import signal
 import subprocess
 import time
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -156,8 +157,10 @@ def test_awkward_words_reach_the_run_as_they_are(tmp_path):
 TOOLS = {
     "srun": 'exec bash "$SRUN_DOES" "$@"',
     "scontrol": """case "$1" in
-        show) [[ $2 = job ]] && echo "   JobState=$STATE Reason=None D" ;;
-        requeue) echo "$2" >>"$CALLS" ;;
+        show) [[ $2 = job ]] && echo "   JobState=$(cat "$STATE") Reason=None D
+   StartTime=2026-01-01T00:00:00 EndTime=$(cat "$STATE.end" 2>/dev/null) D" ;;
+        requeue) echo "$2" >>"$CALLS"
+            [[ ! -e $STATE.end ]] || echo COMPLETING >"$STATE" ;;
     esac""",
     "scancel": """echo "scancel $*" >>"$CALLS"
         [[ $1 = --signal=TERM ]] && touch "$ASKED"
@@ -175,6 +178,7 @@ class _Cluster:
     job: str = "7"
     mark_when_asked: Path | None = None
     backoff: int = 0
+    seconds_left: int | None = None
 
     def __post_init__(self) -> None:
         tools = self.folder / "tools"
@@ -184,6 +188,7 @@ class _Cluster:
             (tools / name).chmod(0o755)
         self.tools = tools
         self.calls = self.folder / "calls"
+        (self.folder / "state").write_text(self.state)
 
     def start(self, number: int, **changes) -> subprocess.Popen[str]:
         job = _job(self.folder, **changes)
@@ -194,6 +199,9 @@ class _Cluster:
         outcome = job.folder / f"{self.job}.{number + 1}.outcome"
         saved = f"{self.folder}/run/checkpoints/step-$1"
         step = f"save() {{ mkdir -p {saved}; touch {saved}/manifest.json; }}"
+        if self.seconds_left is not None:
+            end = datetime.now() + timedelta(seconds=self.seconds_left)
+            (self.folder / "state.end").write_text(end.strftime("%Y-%m-%dT%H:%M:%S"))
         does.write_text(f"outcome={outcome}\n{step}\n{self.attempts[number]}\n")
         return subprocess.Popen(
             ["bash", str(script)],
@@ -204,7 +212,7 @@ class _Cluster:
                 "SLURM_RESTART_COUNT": str(number),
                 "SLURM_JOB_NODELIST": "n1",
                 "SRUN_DOES": str(does),
-                "STATE": self.state,
+                "STATE": str(self.folder / "state"),
                 "CALLS": str(self.calls),
                 "ASKED": str(self.folder / "asked"),
                 **({"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_JOB_ID": "5"} if job.array else {}),
@@ -289,6 +297,41 @@ def test_the_warning_reaches_the_run_and_the_job_is_queued_again(tmp_path):
     assert "asked to end: the run saves after its current step" in log
     assert "stopped at step 10, as asked; queued again, to go on from step 10" in log
     assert (tmp_path / "run" / "slurm" / "7.state").read_text() == "10 0 requeued 1\n"
+
+
+SAVES_LONG = """touch {0}/started
+until grep -qx 7 "$CALLS" 2>/dev/null; do sleep 0.02; done; {1}; exit 1"""
+
+
+@pytest.mark.parametrize(
+    ("save", "notes"), [("save 00000010", "10 0 stopped 1"), (":", "0 1 stopped 1")]
+)
+def test_a_save_that_reaches_the_time_limit_is_queued_again_before(save, notes, tmp_path):
+    """Slurm does not queue a job again that ran out of time."""
+    does = SAVES_LONG.format(tmp_path, save)
+    # 15 seconds before the limit.
+    cluster = _Cluster(tmp_path, [does], seconds_left=17)
+    status, log = _ask(cluster)
+    assert status == 143
+    assert cluster.calls.read_text().splitlines() == ["scancel --signal=TERM 7", "7"]
+    assert "the time limit is near and the run still saves; queued again" in log
+    assert "Slurm is ending the job (COMPLETING None) and decides what comes next" in log
+    assert (tmp_path / "run" / "slurm" / "7.state").read_text() == f"{notes}\n"
+
+
+def test_a_save_that_comes_to_no_end_is_not_queued_again_for_ever(tmp_path):
+    cluster = _Cluster(tmp_path, ["", "", f"touch {tmp_path}/started; sleep 4"], seconds_left=17)
+    folder = tmp_path / "run" / "slurm"
+    folder.mkdir(parents=True)
+    (folder / "7.state").write_text("0 2 requeued 2\n")
+    process = cluster.start(2)
+    while not (tmp_path / "started").exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert cluster.calls.read_text().splitlines() == ["scancel --signal=TERM 7"]
+    assert "given up: 3 attempts in a row" in printed
 
 
 @pytest.mark.parametrize("mark", ["cancelled", None])
