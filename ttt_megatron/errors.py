@@ -10,4 +10,5 @@ class UserError(Exception):
 
 
 class PassingError(UserError):
-    """A UserError whose cause may be gone at the next attempt: a lock, a full disk, a late rank."""
+    """A UserError whose cause may be gone at the next attempt: a lock, a full disk, a late rank,
+    a broken machine."""

@@ -48,3 +48,28 @@ def test_a_refused_run_is_not_begun_again(tmp_path, capsys):
     assert (tmp_path / "outcome").read_text() == error.replace("error:", "refused")
     assert main(words) == 2
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("seen", ["by other nodes", "before", "never"])
+def test_data_whose_mount_is_missing_is_tried_again(seen, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1" if seen == "by other nodes" else "2")
+    if seen == "before":
+        (tmp_path / "run" / "checkpoints" / "step-00000010").mkdir(parents=True)
+    recipe = write_recipe(tmp_path / "r.yaml", tmp_path / "none", str(tmp_path / "run"))
+    words = ["train", str(recipe), "--outcome", str(tmp_path / "outcome")]
+    assert main(words) == (2 if seen == "never" else 75)
+    assert "rank 0: " in capsys.readouterr().err
+    assert (tmp_path / "outcome").exists() == (seen == "never")
+
+
+def test_kernels_for_a_gpu_that_is_gone_are_tried_again(tmp_path, capsys, monkeypatch):
+    recipe = write_recipe(tmp_path / "r.yaml", tmp_path / "none", str(tmp_path / "run"))
+    words = ["train", str(recipe), "training.device=auto", "training.cuda_graphs=true"]
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert main([*words, "parallel.data=1"]) == 2
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert main([*words, "parallel.data=1"]) == 75
+    assert "torch finds no CUDA device here" in capsys.readouterr().err

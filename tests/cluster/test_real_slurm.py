@@ -61,9 +61,9 @@ def place(slurm: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     write_profile(tmp_path / "profile.yaml")
     yield tmp_path
-    jobs = tmp_path / "runs" / "jobs.jsonl"
-    for line in jobs.read_text().splitlines() if jobs.exists() else []:
-        subprocess.run(["scancel", json.loads(line)["job_id"]], check=False)
+    for jobs in tmp_path.glob("*/jobs.jsonl"):
+        for line in jobs.read_text().splitlines():
+            subprocess.run(["scancel", json.loads(line)["job_id"]], check=False)
 
 
 def _command(*words: str) -> str:
@@ -199,6 +199,24 @@ def test_a_job_saves_at_its_time_limit_and_goes_on(place: Path, data: Path) -> N
     _goes_on_exactly("long.yaml", "runs/long", job, saved)
 
 
+def test_a_save_that_reaches_the_time_limit_is_queued_again(place: Path, data: Path) -> None:
+    """Slurm would end such a job for good. The run here only ever saves."""
+    write_recipe(place / "slow.yaml", data, "runs/slow")
+    (place / "python").write_text("#!/bin/bash\ntrap '' TERM\nsleep 1000\n")
+    (place / "python").chmod(0o755)
+    limits = {"time_limit": "2", "warning_seconds": 60}
+    write_profile(place / "slow-profile.yaml", python=str(place / "python"), **limits)
+    (job,) = _jobs("slow.yaml", "parallel.data=1", profile="slow-profile.yaml")
+    log = place / "runs" / "slow" / "slurm" / f"{job}.log"
+    _wait("attempt 2", lambda: log.exists() and "attempt 2, " in log.read_text())
+    told = log.read_text()
+    assert "the time limit is near and the run still saves; queued again" in told
+    assert "asked to end: the run saves after its current step" in told
+    # Counted as an attempt that brought nothing.
+    notes = (place / "runs" / "slow" / "slurm" / f"{job}.state").read_text()
+    assert notes == "0 1 running 2\n"
+
+
 def test_a_preempted_job_saves_and_goes_on(place: Path, data: Path) -> None:
     write_recipe(place / "low.yaml", data, "runs/low", **LONG)
     (job,) = _jobs("low.yaml", "parallel.data=1")
@@ -260,3 +278,27 @@ def test_a_sweep_is_an_array(place: Path, data: Path) -> None:
     assert all(row["state"] == "finished" and row["checkpoint"] == 3 for row in rows)
     assert "finished" in (folder / f"{job}_1.log").read_text()
     assert "finished" in _command("logs", "--root", "out", f"{job}_0")
+
+
+def test_tasks_of_an_array_end_and_are_queued_again_one_by_one(place: Path, data: Path) -> None:
+    """Also the last one, whose SLURM_JOB_ID is the number of the array."""
+    write_sweep(place, data, axes={"inner.lr": [1, 2]})
+    words = ["--slurm", "--profile", "profile.yaml", "training.steps=100000"]
+    job = _command("sweep", "sweep.yaml", *words).split()[1].strip(":")
+    logs = [place / "out" / "slurm" / f"{job}_{index}.log" for index in (0, 1)]
+    points = json.loads((place / "out" / "jobs.jsonl").read_text())["tasks"]
+    for index in ("0", "1"):
+        _wait_for_steps(points[index])
+    _asked("scancel", "--batch", "--signal=TERM", f"{job}_1")
+    _wait("task 1's next attempt", lambda: "attempt 2, " in logs[1].read_text())
+    assert "as asked; queued again, to go on from step" in logs[1].read_text()
+    assert "asked to end" not in logs[0].read_text()
+    # Queued again, it waits for some seconds.
+    _asked("scontrol", "requeue", f"{job}_1")
+    _wait("task 1 in the queue", lambda: _state(f"{job}_1") == "PENDING")
+    printed = _command("cancel", "--root", "out", job)
+    assert "1 running tasks save after their current steps and end, 1 others cancelled" in printed
+    _wait("task 0's end", lambda: _state(f"{job}_0") == "CANCELLED")
+    assert _state(f"{job}_1") == "CANCELLED"
+    assert "cancelled; the same recipe, submitted anew, goes on from" in logs[0].read_text()
+    assert read_notes(place / "out" / "slurm", f"{job}_0")[0] == "cancelled"

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from ttt_megatron.cli.main import main
-from ttt_megatron.cluster.cancel import with_dependents
-from ttt_megatron.cluster.logs import last_attempt, last_lines
+from ttt_megatron.cluster.cancel import cancel_jobs, with_dependents
+from ttt_megatron.cluster.logs import follow, last_attempt, last_lines
 from ttt_megatron.cluster.records import JobRecord, add_record, find_record, read_records
 from ttt_megatron.cluster.slurm import parse_sacct, parse_squeue
 from ttt_megatron.cluster.status import as_json, statuses
@@ -133,6 +133,65 @@ def test_what_waits_is_cancelled_too(tmp_path):
     known = [first, second, third, other]
     assert with_dependents([first], known) == [first, second, third]
     assert with_dependents([third], known) == [third]
+
+
+@pytest.mark.parametrize(
+    ("states", "now", "calls", "said"),
+    [
+        (
+            {"0": "COMPLETED", "1": "RUNNING", "2": "RUNNING", "3": "PENDING", "4": "SUSPENDED"},
+            False,
+            ["scancel --state=PENDING 5", "scancel 5_4", "scancel --batch --signal=TERM 5"],
+            "2 running tasks save after their current steps and end, 2 others cancelled",
+        ),
+        ({"0": "PENDING", "1": "PENDING"}, False, ["scancel 5"], "cancelled"),
+        ({"0": "RUNNING", "1": "PENDING"}, True, ["scancel 5"], "cancelled"),
+    ],
+)
+def test_tasks_that_run_save_while_those_that_wait_are_cancelled(
+    states, now, calls, said, tmp_path, monkeypatch
+):
+    record = _record("5", tmp_path, tasks={index: str(tmp_path / index) for index in states})
+    Path(record.folder).mkdir()
+    given = []
+
+    def slurm(command):
+        given.append(" ".join(command))
+        return "".join(f"5_{index}|{state}|None|0:01|0:09|n1\n" for index, state in states.items())
+
+    monkeypatch.setattr("ttt_megatron.cluster.slurm.run_slurm", slurm)
+    monkeypatch.setattr("ttt_megatron.cluster.cancel.run_slurm", slurm)
+    assert cancel_jobs([record], now=now) == {"5": said}
+    assert given[0].startswith("squeue ")
+    assert given[1:] == calls
+    assert (Path(record.folder) / "5.cancelled").exists()
+
+
+def test_following_ends_with_a_job_whose_script_could_not_say_so(tmp_path, monkeypatch):
+    """Ended by its time limit: no note, but Slurm knows; it is waited for while Slurm is silent."""
+    run = _run(tmp_path / "run", 10, "15:10 0 running 1")
+    log = run / "slurm" / "15.log"
+    log.write_text("one\ntwo\n")
+    answers = [UserError("squeue failed"), {"15": QUEUE["8"]}, {"15": QUEUE["15"]}]
+
+    def told(users):
+        assert list(users) == ["root"]
+        answer = answers.pop(0)
+        if isinstance(answer, UserError):
+            raise answer
+        log.write_text(log.read_text() + "more\n")
+        return answer
+
+    monkeypatch.setattr("ttt_megatron.cluster.logs._ASK_SECONDS", 0.05)
+    monkeypatch.setattr("ttt_megatron.cluster.logs._POLL_SECONDS", 0.01)
+    monkeypatch.setattr("ttt_megatron.cluster.logs.squeue", told)
+    shown = b"".join(follow(log, 4, _record("15", run), "15"))
+    # What came while Slurm was asked is shown too.
+    assert shown == b"two\nmore\nmore\n"
+    assert not answers
+    monkeypatch.setattr("ttt_megatron.cluster.logs.squeue", lambda _: {})
+    monkeypatch.setattr("ttt_megatron.cluster.logs.sacct", lambda _: {})
+    assert list(follow(log, log.stat().st_size, _record("15", run), "15")) == []
 
 
 def test_the_last_attempt_is_shown(tmp_path, monkeypatch, capsys):

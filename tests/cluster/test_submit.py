@@ -36,7 +36,9 @@ def test_every_recipe_makes_a_script(tmp_path, monkeypatch, capsys):
         published = re.match(r"recipes/\d+[mb]/", recipe)
         words = ["parallel.data=8"] if published else ["--profile", "cpu"]
         assert main(["submit", recipe, *words, "--dry-run"]) == 0, recipe
-        text = capsys.readouterr().out
+        text, warned = capsys.readouterr()
+        assert "warning: from here it would not be submitted: " in warned
+        assert text.startswith("#!/bin/bash\n# ---- stage 1 of 1:\n# mkdir -p ")
         assert f"    {recipe}\n" in text
         assert ("#SBATCH --gpus-per-node=8\n" in text) == bool(published)
         (tmp_path / f"{number}.sh").write_text(text)
@@ -63,8 +65,14 @@ def test_a_chain_is_shown_whole(no_slurm, capsys):
     words += ["--nodes", "2", "--dry-run", "--then", "two.yaml", "training.steps=5"]
     assert main([*words, "--then", "two.yaml", "training.output=runs/three"]) == 0
     first, second, third = capsys.readouterr().out.split("# ---- stage ")[1:]
-    assert first.startswith("1 of 3: sbatch --dependency=afterok:12:13 --kill-on-invalid-dep=yes")
-    assert second.startswith("2 of 3: sbatch --dependency=afterok:JOB_OF_STAGE_1 ")
+    made = f"# mkdir -p {no_slurm}/runs"
+    waits = "--kill-on-invalid-dep=yes SCRIPT\n"
+    assert first.startswith(
+        f"1 of 3:\n{made}/one/slurm\n# sbatch --dependency=afterok:12:13 {waits}"
+    )
+    assert second.startswith(
+        f"2 of 3:\n{made}/two/slurm\n# sbatch --dependency=afterok:JOB_OF_STAGE_1 {waits}"
+    )
     assert "    optimizer.lr=1e-3\n" in first
     assert "training.init_from" not in first
     assert "    training.steps=5\n    training.init_from=runs/one\n" in second
@@ -95,6 +103,28 @@ def test_what_cannot_run_is_refused_before_it_is_submitted(no_slurm, capsys, wor
     assert said in error
     assert error.count("\n") == 1
     assert not (no_slurm / "runs").exists()
+
+
+def test_a_dry_run_warns_of_what_would_be_refused(no_slurm, trained_run, capsys):
+    write_recipe(no_slurm / "one.yaml", Path("nowhere"), "runs/one")
+    sound = write_recipe(no_slurm / "two.yaml", trained_run.data, "runs/two")
+    words = ["--profile", "p.yaml", "--nodes", "2", "--dry-run"]
+    assert main(["submit", str(sound), *words]) == 0
+    text, warned = capsys.readouterr()
+    assert warned == ""
+    assert "# sbatch SCRIPT\n" in text
+    # The commands in the heading are all that it takes.
+    lines = [line.removeprefix("# ") for line in text.splitlines() if line.startswith("# mkdir")]
+    subprocess.run(["/bin/bash", "-c", f"PATH=/bin:/usr/bin; {lines[0]}"], check=True)
+    (log,) = re.findall(r"^#SBATCH --output=(.*)/%j.log$", text, re.M)
+    assert Path(log).is_dir()
+    words.append("training.init_from=runs/none")
+    assert main(["submit", "one.yaml", *words]) == 0
+    text, warned = capsys.readouterr()
+    assert text.startswith("#!/bin/bash\n")
+    data, start = warned.splitlines()
+    assert data.startswith("warning: from here it would not be submitted: nowhere/index.json is")
+    assert "runs/none holds no checkpoint" in start
 
 
 def test_without_slurm_one_sentence_says_so(no_slurm, trained_run, capsys):

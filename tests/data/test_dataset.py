@@ -1,15 +1,19 @@
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pytest
 
 from ttt_megatron.data import dataset as dataset_module
 from ttt_megatron.data.dataset import TokenDataset, open_dataset
+from ttt_megatron.data.index import MissingDataError
 from ttt_megatron.data.prepare import PrepareReport
-from ttt_megatron.errors import UserError
+from ttt_megatron.errors import PassingError, UserError
 
 
 @pytest.fixture
@@ -84,6 +88,32 @@ def test_a_shard_truncated_after_opening(folder: Path) -> None:
     shard.write_bytes(shard.read_bytes()[:600])
     with pytest.raises(UserError, match=r"train-00000\.tar is truncated"):
         dataset.document(3)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
+def test_a_file_system_that_fails_may_come_back(
+    folder: Path, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object, **__: object) -> NoReturn:
+        raise OSError(number, os.strerror(number))
+
+    dataset = open_dataset(folder)
+    for owner, name in ((os, "pread"), (np, "load"), (Path, "read_bytes"), (Path, "stat")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, fails)
+            with pytest.raises(PassingError, match=os.strerror(number)):
+                dataset.document(3) if name == "pread" else open_dataset(folder)
+
+
+def test_data_that_is_gone_after_opening_may_come_back(folder: Path) -> None:
+    """What was never there is a mistake."""
+    dataset = open_dataset(folder)
+    (folder / "train-00000.tar").unlink()
+    with pytest.raises(PassingError, match=r"train-00000\.tar cannot be read any more"):
+        dataset.document(3)
+    with pytest.raises(MissingDataError) as told:
+        open_dataset(folder)
+    assert not isinstance(told.value, PassingError)
 
 
 @pytest.mark.parametrize("name", ["train-00000.tar", "train.documents.npy", "train.names.jsonl"])

@@ -7,7 +7,7 @@ import time
 import pytest
 import torch.distributed as dist
 
-from ttt_megatron.errors import UserError
+from ttt_megatron.errors import PassingError, UserError
 from ttt_megatron.parallel import launcher
 from ttt_megatron.parallel.launcher import WorkerError, launch
 
@@ -66,6 +66,30 @@ def test_under_torchrun_the_world_must_be_the_recipes(monkeypatch: pytest.Monkey
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(UserError, match=r"4 processes, but .* makes 2"):
         launch(_fail, ("user",), 2)
+
+
+@pytest.mark.parametrize("elsewhere", [True, False])
+def test_a_gpu_that_is_missing_may_be_there_on_other_nodes(
+    elsewhere: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under torchrun it is worth another attempt; by hand it is a mistake."""
+    from ttt_megatron.parallel.groups import choose_device
+
+    kind = PassingError if elsewhere else UserError
+    if elsewhere:
+        monkeypatch.setenv("RANK", "7")
+        monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(UserError, match="finds no CUDA device") as told:
+        choose_device("cuda")
+    assert told.type is kind
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 7)
+    with pytest.raises(
+        UserError, match="local rank 7 has no GPU of its own: torch finds 7"
+    ) as told:
+        choose_device("auto", 7)
+    assert told.type is kind
 
 
 def test_one_process_is_a_group_of_one() -> None:

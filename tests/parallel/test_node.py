@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from ttt_megatron.parallel.node import own_address
+from ttt_megatron.parallel.node import main, own_address
 
 NODE = [sys.executable, "-m", "ttt_megatron.parallel.node", "--nnodes", "1", "--nproc-per-node"]
 NODE += ["2", "--max-restarts", "3", "--shutdown-timeout", "60", "--no-python"]
@@ -71,10 +72,32 @@ def test_processes_have_an_hour_to_end_unless_said_otherwise(tmp_path: Path) -> 
 
 
 def test_the_address_is_the_one_on_the_way_to_the_others() -> None:
-    assert own_address("127.0.0.1:29400") == "127.0.0.1"
-    assert own_address("localhost:29400") in ("127.0.0.1", "::1")
+    assert own_address("127.0.0.1:29400", alone=True) == "127.0.0.1"
+    assert own_address("localhost:29400", alone=True) in ("127.0.0.1", "::1")
     with pytest.raises(OSError, match=r"not known|resolution"):
-        own_address("nowhere.invalid:29400")
+        own_address("nowhere.invalid:29400", alone=False)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "address"), [("1", "127.0."), ("2", "node-1"), ("1:4", "node-1")]
+)
+def test_others_are_not_sent_to_their_own_loopback(
+    nodes: str, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The node's own name means 127.0.1.1 on it, as Debian sets it up."""
+    known = socket.getaddrinfo
+    given: list[str] = []
+    monkeypatch.setattr(
+        socket, "getaddrinfo", lambda host, *rest, **more: known("127.0.1.1", *rest, **more)
+    )
+    monkeypatch.setattr("torch.distributed.run.main", given.extend)
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        assert main(["--nnodes", nodes, "--rdzv-endpoint", "node-1:29400", "x.py"]) == 0
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert given[given.index("--local-addr") + 1].startswith(address)
 
 
 @pytest.mark.slow

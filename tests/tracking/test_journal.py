@@ -53,6 +53,21 @@ def test_a_step_is_written_once_and_gaps_are_filled(tmp_path: Path) -> None:
     assert again.append(twice) == 1
 
 
+def test_a_step_that_another_writer_has_appended_is_not_written_again(tmp_path: Path) -> None:
+    """As `upload` does from the metrics log while the run trains."""
+    path = tmp_path / "tracking.jsonl"
+    run = Journal(path)
+    run.append([metrics_record({"loss": 1.0}, 1, 100)])
+    upload = Journal(path)
+    assert upload.append(rows_as_records([{"step": 2, "loss": 2.0, "time": 0.2}], 77)) == 1
+    with path.open("ab") as file:  # and was killed
+        file.write(b'{"kind": "metr')
+    both = [metrics_record({"loss": 2.0}, 2, 201), metrics_record({"loss": 3.0}, 3, 300)]
+    assert run.append(both) == 1
+    assert upload.append([metrics_record({"loss": 3.0}, 3, 301)]) == 0
+    assert _losses(path) == [(1, 1.0), (2, 2.0), (3, 3.0)]
+
+
 def test_a_torn_line_is_cut_and_reading_goes_by_whole_lines(tmp_path: Path) -> None:
     path = tmp_path / "tracking.jsonl"
     Journal(path).append([metrics_record({"loss": 1.0}, 1, 1)])

@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
         shown = last_lines(shown, args.lines)
     _write(shown)
     if args.follow:
-        for more in follow(path, len(log), Path(record.folder), task):
+        for more in follow(path, len(log), record, task):
             _write(more)
     return 0
 

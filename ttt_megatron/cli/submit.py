@@ -1,6 +1,9 @@
 """`ttt-megatron submit`: train a recipe, or several one after the other, as jobs of Slurm."""
 
 import argparse
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,14 +57,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a next stage, from the weights of the one before; with settings of its own",
     )
     add(
-        "--dry-run", action="store_true", help="check everything, print the scripts, submit nothing"
+        "--dry-run",
+        action="store_true",
+        help="print the scripts, submit nothing; what would be refused here is a warning",
     )
 
 
 def run(args: argparse.Namespace) -> int:
     """Submits; raises UserError for whatever the user can fix."""
     from ttt_megatron.cluster.profile import load_profile
-    from ttt_megatron.cluster.submission import make_stages, sbatch_line, script_of, submit_stages
+    from ttt_megatron.cluster.submission import make_stages, submit_stages
 
     profile = load_profile(args.profile)
     # --after takes what follows it; a job's id has no `=`.
@@ -73,10 +78,7 @@ def run(args: argparse.Namespace) -> int:
     chain = [(args.recipe, overrides), *((then[0], then[1:]) for then in args.then)]
     stages = make_stages(chain, args.nodes, profile)
     if args.dry_run:
-        for number, stage in enumerate(stages, 1):
-            before = [f"JOB_OF_STAGE_{number - 1}"] if number > 1 else after
-            print(f"# ---- stage {number} of {len(stages)}: {sbatch_line(before)}")
-            print(script_of(stage, profile), end="")
+        _show(stages, profile, after)
         return 0
     from ttt_megatron.cluster.starts import jobs_to_wait_for
 
@@ -96,6 +98,38 @@ def run(args: argparse.Namespace) -> int:
     print(f"next    ttt-megatron status --root {root}")
     print(f"        ttt-megatron logs --root {root} {records[0].job_id} --follow")
     return 0
+
+
+def _show(stages: "list[Stage]", profile: "Profile", after: list[str]) -> None:
+    """Prints the scripts, each with the commands that submit it below its first line.
+
+    What `submit` would refuse is a warning: data and other jobs may be on the cluster alone.
+    """
+    from ttt_megatron.cluster.starts import jobs_to_wait_for
+    from ttt_megatron.cluster.submission import script_of, submission_lines
+
+    for stage in stages:
+        with _warning():
+            _check_data(stage, profile)
+    with _warning():
+        after = jobs_to_wait_for(stages, after)
+    for number, stage in enumerate(stages, 1):
+        before = [f"JOB_OF_STAGE_{number - 1}"] if number > 1 else after
+        # What does not begin with `#!` is no script to sbatch.
+        first, rest = script_of(stage, profile).split("\n", 1)
+        print(first)
+        print(f"# ---- stage {number} of {len(stages)}:")
+        for line in submission_lines(stage, before):
+            print(f"# {line}")
+        print(rest, end="")
+
+
+@contextmanager
+def _warning() -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        print(f"warning: from here it would not be submitted: {error}", file=sys.stderr)
 
 
 def _shown(path: Path) -> Path:

@@ -1,6 +1,7 @@
 """`ttt-megatron sweep`: runs that differ in a few settings, and one table of them."""
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -140,6 +141,7 @@ def _submit_array(
     overrides: list[str],
 ) -> int:
     from ttt_megatron.cluster.profile import load_profile
+    from ttt_megatron.cluster.records import FOLDER
     from ttt_megatron.cluster.slurm import run_slurm
     from ttt_megatron.sweeps.slurm import array_script, submit_array
     from ttt_megatron.sweeps.tracking import track_points
@@ -147,7 +149,11 @@ def _submit_array(
     profile = load_profile(args.profile)
     text = array_script(sweep, chosen, output, args.jobs, overrides, profile)
     if args.dry_run:
-        print(text, end="")
+        first, rest = text.split("\n", 1)
+        print(first)
+        print(f"# {shlex.join(['mkdir', '-p', str(output.absolute() / FOLDER)])}")
+        print("# sbatch SCRIPT")
+        print(rest, end="")
         return 0
     run_slurm(["sbatch", "--version"])
     # The tasks find the sweep's MLflow run here, rather than each looking for one.

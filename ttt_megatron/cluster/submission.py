@@ -12,6 +12,7 @@ from pathlib import Path
 
 import ttt_megatron
 from ttt_megatron.cluster.layout import Placement, place
+from ttt_megatron.cluster.mounts import needed_mounts
 from ttt_megatron.cluster.profile import Profile
 from ttt_megatron.cluster.records import FOLDER, JobRecord, add_record
 from ttt_megatron.cluster.script import Job, render
@@ -108,7 +109,6 @@ def script_of(stage: Stage, profile: Profile) -> str:
         f"{parallel.pipeline}, data {parallel.data}, {stage.placement.origin}",
         f"Written by ttt-megatron {ttt_megatron.__version__} submit.",
     ]
-    places = [stage.output.parent, Path(config.data.path).absolute() if config.data.path else work]
     job = Job(
         name=config.name,
         about=about,
@@ -120,7 +120,7 @@ def script_of(stage: Stage, profile: Profile) -> str:
         nodes=stage.placement.nodes,
         processes=stage.placement.processes,
         on_gpu=bool(profile.gpus_per_node) and config.training.device != "cpu",
-        mounts=[path for path in dict.fromkeys(places) if not path.is_relative_to(work)],
+        mounts=needed_mounts(work, [config], [Path(stage.recipe)]),
     )
     return render(job, profile)
 
@@ -217,8 +217,9 @@ def source_commit() -> str:
     return found if re.fullmatch(r"[0-9a-f]{40}(-dirty)?", found) else ttt_megatron.__version__
 
 
-def sbatch_line(after: Sequence[str]) -> str:
-    """The command by which a script would be submitted, for --dry-run."""
-    if not after:
-        return "sbatch SCRIPT"
-    return f"sbatch --dependency=afterok:{':'.join(after)} --kill-on-invalid-dep=yes SCRIPT"
+def submission_lines(stage: Stage, after: Sequence[str]) -> list[str]:
+    """The commands by which a stage's script could be submitted by hand, for --dry-run."""
+    words = ["sbatch"]
+    if after:
+        words += [f"--dependency=afterok:{':'.join(after)}", "--kill-on-invalid-dep=yes"]
+    return [shlex.join(["mkdir", "-p", str(stage.folder)]), " ".join([*words, "SCRIPT"])]

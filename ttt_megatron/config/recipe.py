@@ -42,9 +42,20 @@ def named_keys(path: str | Path | None, overrides: Sequence[str] = ()) -> dict[s
     return flat
 
 
+def recipe_files(path: Path) -> list[Path]:
+    """The recipe's file and those it extends. Raises UserError as `load_recipe` does for them."""
+    return [file for file, _ in _read_layers(path)]
+
+
 def _read_chain(path: Path) -> dict[str, Any]:
     """The recipe's keys over those of the recipes it extends."""
-    layers: list[dict[str, Any]] = []
+    layers = reversed(_read_layers(path))
+    return {name: value for _, layer in layers for name, value in layer.items()}
+
+
+def _read_layers(path: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """The recipe's file with its own keys, then each one that the one before extends."""
+    layers: list[tuple[Path, dict[str, Any]]] = []
     visited: list[Path] = []
     while True:
         if path.resolve() in [seen.resolve() for seen in visited]:
@@ -55,7 +66,7 @@ def _read_chain(path: Path) -> dict[str, Any]:
         visited.append(path)
         data = _read_file(path)
         parent = data.pop(EXTENDS, None)
-        layers.append(flatten(data, str(path)))
+        layers.append((path, flatten(data, str(path))))
         if parent is None:
             break
         if not isinstance(parent, str):
@@ -66,7 +77,7 @@ def _read_chain(path: Path) -> dict[str, Any]:
                 "the path is taken relative to the recipe's folder."
             )
         path = path.parent / parent
-    return {name: value for layer in reversed(layers) for name, value in layer.items()}
+    return layers
 
 
 def _read_file(path: Path) -> dict[str, Any]:

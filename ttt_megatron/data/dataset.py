@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ttt_megatron.data.index import DOCUMENT_DTYPE, Index, SplitEntry, check_file, read_index
-from ttt_megatron.errors import UserError
+from ttt_megatron.errors import PassingError, UserError
 
 _OPEN_FILES = 32
 
@@ -21,7 +21,8 @@ def open_dataset(path: Path | str, split: str = "train", *, verify: bool = False
     Sizes of all files and the hashes of the index and the tokenizer are always checked, every
     byte of the shards only with `verify`.
 
-    Raises UserError naming the file that is missing, truncated or changed.
+    Raises UserError naming the file that is missing, truncated or changed; of its kinds
+    MissingDataError and PassingError as `read_index` and `check_file` do.
     """
     folder = Path(path)
     index = read_index(folder)
@@ -67,7 +68,9 @@ class TokenDataset:
         table_path = path / entry.document_table.file
         try:
             self._table = np.load(table_path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            raise _lost(table_path, error) from error
+        except ValueError as error:
             raise UserError(
                 f"{table_path} cannot be read ({error}): restore it, or prepare the data again"
             ) from error
@@ -110,7 +113,8 @@ class TokenDataset:
     def read(self, number: int, start: int, count: int) -> np.ndarray:
         """`count` tokens of a document from token `start` on, int64 [count].
 
-        Raises IndexError beyond the document, UserError if the shard has become shorter.
+        Raises IndexError beyond the document, UserError if the shard has become shorter, and
+        PassingError if it cannot be read any more.
         """
         shard, offset, length, _ = self._table[number].item()
         if start < 0 or count < 0 or start + count > length:
@@ -145,10 +149,7 @@ class TokenDataset:
                         break
                     data += more
             except OSError as error:
-                raise UserError(
-                    f"{self._shards[shard]} cannot be read ({error}): restore it, or prepare the "
-                    "data again"
-                ) from error
+                raise _lost(self._shards[shard], error) from error
         return data
 
     def _descriptor(self, shard: int) -> int:
@@ -158,3 +159,11 @@ class TokenDataset:
             self._files[shard] = os.open(self._shards[shard], os.O_RDONLY | os.O_CLOEXEC)
         self._files.move_to_end(shard)
         return self._files[shard]
+
+
+def _lost(path: Path, error: OSError) -> PassingError:
+    """For a file that `open_dataset` has seen: its file system fails, perhaps for a time."""
+    return PassingError(
+        f"{path} cannot be read any more ({error}): see that its file system is there, or restore "
+        "the file"
+    )

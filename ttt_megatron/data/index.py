@@ -6,8 +6,11 @@ a split hold what grows with the number of documents: `<split>.documents.npy`, a
 `DOCUMENT_DTYPE`, and `<split>.names.jsonl`, a JSON string a line.
 """
 
+import errno
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ttt_megatron.data.tokenizer import tokenizer_sha256
-from ttt_megatron.errors import UserError
+from ttt_megatron.errors import PassingError, UserError
 
 INDEX_FILE = "index.json"
 FORMAT = "ttt-megatron-data"
@@ -27,6 +30,16 @@ SPLITS = ("train", "validation")
 DOCUMENT_DTYPE = np.dtype(
     [("shard", "<i4"), ("offset", "<i8"), ("length", "<i8"), ("text_bytes", "<i8")]
 )
+
+
+_RESTORE = "restore it, or prepare the data again"
+_NOT_THERE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+# Beside those the file system itself fails: an input/output error, a stale handle, no answer.
+_MISTAKES = frozenset({errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG})
+
+
+class MissingDataError(UserError):
+    """A file of prepared data is not there: a wrong path, or a file system that is not mounted."""
 
 
 @dataclass(frozen=True)
@@ -98,16 +111,16 @@ def write_index(
 def read_index(folder: Path | str) -> Index:
     """Reads index.json and checks its fingerprint and the tokenizer's hash.
 
-    Raises UserError if it is missing, unreadable, of another version or changed.
+    Raises MissingDataError if it is missing, UserError if it cannot be read, is of another version
+    or changed, PassingError if the file system fails.
     """
     path = Path(folder) / INDEX_FILE
-    if not path.is_file():
-        raise UserError(
-            f"{path} is missing: data.path must be a folder written by `ttt-megatron prepare`"
-        )
+    missing = f"{path} is missing: data.path must be a folder written by `ttt-megatron prepare`"
+    with _telling_of(path, missing):
+        text = path.read_bytes()
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content = json.loads(text)
+    except ValueError as error:
         raise UserError(f"{path} cannot be parsed ({error}): prepare the data again") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path} is not an index of prepared data: check data.path")
@@ -122,7 +135,9 @@ def read_index(folder: Path | str) -> Index:
             "it, or prepare the data again"
         )
     index = _parse(content)
-    if tokenizer_sha256(folder) != index.tokenizer_sha256:
+    with _telling_of(Path(folder)):
+        found = tokenizer_sha256(folder)
+    if found != index.tokenizer_sha256:
         raise UserError(
             f"the tokenizer files in {folder} were changed or removed since the data was "
             "prepared: restore them, or prepare the data again"
@@ -133,24 +148,38 @@ def read_index(folder: Path | str) -> Index:
 def check_file(folder: Path, entry: FileEntry, *, verify: bool) -> Path:
     """Path of `entry`'s file after checking its size and, with `verify`, its SHA-256.
 
-    Raises UserError naming the file if it is missing, truncated or changed.
+    Raises MissingDataError naming the file if it is missing, UserError if it is truncated or
+    changed, PassingError if the file system fails.
     """
     path = folder / entry.file
-    if not path.is_file():
-        raise UserError(f"{path} is missing: restore it, or prepare the data again")
-    size = path.stat().st_size
+    with _telling_of(path):
+        size = path.stat().st_size
     if size != entry.bytes:
         problem = "truncated" if size < entry.bytes else "longer than it was"
         raise UserError(
             f"{path} is {problem} ({size} bytes, the index says {entry.bytes}): restore it, or "
             "prepare the data again"
         )
-    if verify and file_sha256(path) != entry.sha256:
+    with _telling_of(path):
+        changed = verify and file_sha256(path) != entry.sha256
+    if changed:
         raise UserError(
             f"{path} was changed since it was written (its SHA-256 differs from the index): "
             "restore it, or prepare the data again"
         )
     return path
+
+
+@contextmanager
+def _telling_of(path: Path, missing: str | None = None) -> Iterator[None]:
+    """Turns an OSError about a file into the UserError it is; `missing` says that there is none."""
+    try:
+        yield
+    except _NOT_THERE as error:
+        raise MissingDataError(missing or f"{path} is missing: {_RESTORE}") from error
+    except OSError as error:
+        kind = UserError if error.errno in _MISTAKES else PassingError
+        raise kind(f"{path} cannot be read ({error}): {_RESTORE}") from error
 
 
 def file_entry(path: Path) -> FileEntry:

@@ -44,3 +44,13 @@ def leave_account(error: BaseException) -> None:
 def read_accounts(folder: Path) -> list[dict[str, Any]]:
     """What was left there."""
     return [json.loads(path.read_text()) for path in folder.glob("rank-*.json")]
+
+
+def device_error(message: str) -> UserError:
+    """What to raise for a GPU that is not there.
+
+    A PassingError where torchrun started this rank, rather than `launch` or a user by hand: a GPU
+    may have failed, and the next attempt be on other nodes.
+    """
+    outside = "RANK" in os.environ and _folder is None
+    return (PassingError if outside else UserError)(message)

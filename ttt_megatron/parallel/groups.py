@@ -13,6 +13,7 @@ from megatron.core import parallel_state
 
 from ttt_megatron.config.schema import ParallelConfig
 from ttt_megatron.errors import UserError
+from ttt_megatron.parallel.accounts import device_error
 from ttt_megatron.parallel.context_links import ContextLinks, context_links
 from ttt_megatron.parallel.lost_ranks import telling_of_lost_ranks
 from ttt_megatron.parallel.meeting import DEFAULT_TIMEOUT, Meeting, meet
@@ -98,7 +99,8 @@ class Groups:
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
     """The device for `auto`, `cpu` or `cuda`.
 
-    Raises UserError if CUDA is asked for and absent, or has fewer devices than local processes.
+    Raises UserError if CUDA is asked for and absent, or has fewer devices than local processes:
+    a `device_error`.
     """
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         if torch.cuda.is_available():
@@ -108,9 +110,9 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
             )
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise UserError("training.device=cuda, but torch finds no CUDA device: use auto or cpu")
+        raise device_error("training.device=cuda, but torch finds no CUDA device: use auto or cpu")
     if local_rank >= torch.cuda.device_count():
-        raise UserError(
+        raise device_error(
             f"local rank {local_rank} has no GPU of its own: torch finds "
             f"{torch.cuda.device_count()}; start fewer processes on this machine"
         )

@@ -9,6 +9,7 @@ Restarted, torchrun's processes would meet in the store of the first start and f
 processes that are gone. Here each start has a store of its own, with the first process.
 """
 
+import ipaddress
 import os
 import signal
 import socket
@@ -52,7 +53,8 @@ def main(arguments: Sequence[str]) -> int:
     os.environ.setdefault(_PATIENCE, str(_PATIENCE_SECONDS))
     if "--local-addr" not in arguments and "--rdzv-endpoint" in arguments:
         endpoint = arguments[arguments.index("--rdzv-endpoint") + 1]
-        arguments = ["--local-addr", own_address(endpoint), *arguments]
+        address = own_address(endpoint, alone=not _several_nodes(arguments))
+        arguments = ["--local-addr", address, *arguments]
     try:
         # That torchrun does not take SIGTERM from the handler above.
         torchrun(["--signals-to-handle", signal.SIGINT.name, *arguments])
@@ -72,10 +74,14 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def own_address(endpoint: str) -> str:
-    """This node's address as the endpoint `host:port` sees it.
+def own_address(endpoint: str, *, alone: bool) -> str:
+    """This node's address as the endpoint `host:port` sees it, for the other nodes to dial.
 
-    A node's own name need not lead the others to it. Raises OSError for a host that is not known.
+    A node's own name need not lead the others to it. Where the endpoint's name means a loopback
+    address here, as 127.0.1.1 in Debian's /etc/hosts does, this node is the endpoint and others
+    reach it by that name: unless it is `alone`, the name is the answer.
+
+    Raises OSError for a host that is not known.
     """
     host, _, port = endpoint.rpartition(":")
     found = socket.getaddrinfo(host, int(port), type=socket.SOCK_DGRAM)
@@ -83,7 +89,16 @@ def own_address(endpoint: str) -> str:
     with socket.socket(family, kind, protocol) as probe:
         # Nothing is sent: it only chooses the way.
         probe.connect(address)
-        return str(probe.getsockname()[0])
+        found_here = str(probe.getsockname()[0])
+    loopback = ipaddress.ip_address(found_here.partition("%")[0]).is_loopback
+    return host.strip("[]") if loopback and not alone else found_here
+
+
+def _several_nodes(arguments: Sequence[str]) -> bool:
+    """Whether `--nnodes N`, or MIN:MAX, may be more than one."""
+    if "--nnodes" not in arguments:
+        return False
+    return int(arguments[arguments.index("--nnodes") + 1].rpartition(":")[2]) > 1
 
 
 def _death(exit_code: int) -> str:

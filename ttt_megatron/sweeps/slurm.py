@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ttt_megatron.cluster.mounts import needed_mounts
 from ttt_megatron.cluster.profile import Profile
 from ttt_megatron.cluster.records import FOLDER, JobRecord, add_record
 from ttt_megatron.cluster.script import Job, render
@@ -35,11 +36,18 @@ def array_script(
             f"{profile.name} has {profile.processes}: a task of a sweep is one node; submit the "
             "recipe by itself for more"
         )
+    work = Path.cwd()
+    mounts = needed_mounts(
+        work,
+        [point.config for point in points],
+        [sweep.base],
+        [Path(sweep.source), output / FOLDER],
+    )
     job = Job(
         name=sweep.name,
         about=[f"The sweep {sweep.source}: {len(points)} points, by profile {profile.name}"],
         folder=output.absolute() / FOLDER,
-        work=Path.cwd(),
+        work=work,
         command=[
             *("sweep", os.path.abspath(sweep.source), "--output", str(output.absolute())),
             *(*overrides, "--only-index"),
@@ -51,6 +59,7 @@ def array_script(
         on_gpu=bool(profile.gpus_per_node)
         and any(point.config.training.device != "cpu" for point in points),
         torchrun=False,
+        mounts=mounts,
         array=_ranges([point.index for point in points]) + (f"%{jobs}" if jobs else ""),
     )
     return render(job, profile)

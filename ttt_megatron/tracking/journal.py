@@ -35,17 +35,19 @@ REWOUND = "rewound"  # an event: back to its step, whose followers come again
 
 
 class Journal:
-    """A run's journal, opened to append. What a killed writer left half written is cut off."""
+    """A run's journal, opened to append. What a killed writer left half written is cut off.
+
+    Others may append to it meanwhile, as `ttt-megatron upload` does while the run trains.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.events: Counter[str] = Counter()
         self._steps: dict[str, StepSet] = {}
+        self._end = 0
         path.touch()
         with self._locked() as file:
-            file.truncate(_end_of_lines(path))
-        for record in read_records(path, 0)[0]:
-            self._note(record)
+            self._catch_up(file)
 
     def append(self, records: Iterable[Record]) -> int:
         """Writes records, all or none, to the disk; returns how many were new.
@@ -62,14 +64,15 @@ class Journal:
         return sum(map(self._append, parts))
 
     def _append(self, records: list[Record]) -> int:
-        known: set[tuple[str, int]] = set()
-        fresh = [new for record in records if (new := self._fresh(record, known)) is not None]
-        if not fresh:
-            return 0
-        data = "".join(json.dumps(record) + "\n" for record in fresh).encode()
         with self._locked() as file:
-            end = file.seek(0, os.SEEK_END)
+            end = self._catch_up(file)
+            known: set[tuple[str, int]] = set()
+            fresh = [new for record in records if (new := self._fresh(record, known)) is not None]
+            if not fresh:
+                return 0
+            data = "".join(json.dumps(record) + "\n" for record in fresh).encode()
             try:
+                file.seek(end)
                 rest = memoryview(data)
                 while rest:  # a full disk takes a part, and refuses the next
                     rest = rest[file.write(rest) :]
@@ -77,9 +80,25 @@ class Journal:
             except OSError:
                 file.truncate(end)
                 raise
+            self._end = end + len(data)
         for record in fresh:
             self._note(record)
         return len(fresh)
+
+    def _catch_up(self, file: Any) -> int:
+        """Takes note of what others have appended, cuts off half a line; where the journal ends.
+
+        The file is locked.
+        """
+        size = file.seek(0, os.SEEK_END)
+        if size <= self._end:  # less only if the file is another
+            return size
+        records, self._end = read_records(self.path, self._end)
+        for record in records:
+            self._note(record)
+        if size > self._end:
+            file.truncate(self._end)
+        return self._end
 
     def _locked(self) -> Any:
         """The file, no other process of ours writing to it until it is closed."""
@@ -145,18 +164,3 @@ def metrics_record(values: Mapping[str, float], step: int, time_ms: int) -> Reco
         "time": time_ms,
         "values": {name: float(value) for name, value in values.items()},
     }
-
-
-def _end_of_lines(path: Path) -> int:
-    """Bytes up to the end of the last whole line."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        end = size
-        while end:
-            start = max(0, end - 65536)
-            file.seek(start)
-            newline = file.read(end - start).rfind(b"\n")
-            if newline >= 0:
-                return start + newline + 1
-            end = start
-    return 0

@@ -27,7 +27,10 @@ from ttt_megatron.training.precision import compute_dtype, parameter_dtype_of
 
 _MOST_KEYS = 5
 _MOST_RANKS = 4
-_DISAGREE = "the ranks disagree"
+_DEVICE = "kind of device"
+_NONE = "none ("
+# Before what a rank tells, and the verdict, where another attempt would come to the same.
+_LASTING = "lasting: "
 # Rank 0 gives up first, and the others hear from it why.
 _GRACE = timedelta(seconds=10)
 
@@ -35,7 +38,7 @@ _GRACE = timedelta(seconds=10)
 def own_facts(config: RunConfig, device: torch.device) -> dict[str, Any]:
     """What all ranks must have in common, by the name it has in a message."""
     facts: dict[str, Any] = to_flat(config)
-    facts["kind of device"] = device.type
+    facts[_DEVICE] = device.type
     found: dict[str, Callable[[], object]] = {
         "data fingerprint": lambda: open_dataset(config.data.path).fingerprint,
         "prefix's RMSNorm": lambda: choose_norm(
@@ -49,7 +52,7 @@ def own_facts(config: RunConfig, device: torch.device) -> dict[str, Any]:
         try:
             facts[name] = str(find())
         except UserError as error:
-            facts[name] = f"none ({error})"
+            facts[name] = f"{_NONE}{error})"
     facts["ttt-megatron version"] = ttt_megatron.__version__
     for package in ("torch", "megatron-core"):
         facts[f"{package} version"] = importlib.metadata.version(package)
@@ -70,16 +73,19 @@ def _source_digests() -> dict[str, str]:
 def require_agreement(meeting: Meeting, facts: dict[str, Any]) -> None:
     """Compares every rank's facts with rank 0's. Collective, through the meeting's store alone.
 
-    Raises UserError, on all ranks, naming the ranks that differ, in what, and both values, or
-    the ranks that have not told theirs within the meeting's timeout.
+    Raises UserError, on all ranks, naming the ranks that differ, in what, and both values. It is a
+    PassingError where each rank that differs may do so because a machine or a mount is broken: in
+    the kind of device, or in what one has and another cannot find; and for ranks that have not told
+    theirs within the meeting's timeout.
     """
     if meeting.world_size == 1:
         return
     if meeting.rank == 0:
         meeting.put("facts", json.dumps(facts))
     ours = _from_first(meeting, "facts")
-    differences = _differences(json.loads(ours), json.loads(json.dumps(facts)))
-    meeting.put("differences", "; ".join(differences))
+    first, own = json.loads(ours), json.loads(json.dumps(facts))
+    mark = "" if _may_pass(first, own) else _LASTING
+    meeting.put("differences", mark + "; ".join(_differences(first, own)))
     came: list[int] = []
     if meeting.rank == 0:
         told = meeting.wait_for("differences", range(meeting.world_size))
@@ -90,7 +96,8 @@ def require_agreement(meeting: Meeting, facts: dict[str, Any]) -> None:
         meeting.put("heard", "")
         if meeting.rank == 0:  # which may hold the store that the others still read
             meeting.wait_for("heard", came, _GRACE)
-        raise (UserError if verdict.startswith(_DISAGREE) else PassingError)(verdict)
+        lasting = verdict.startswith(_LASTING)
+        raise (UserError if lasting else PassingError)(verdict.removeprefix(_LASTING))
 
 
 def _from_first(meeting: Meeting, key: str) -> str:
@@ -101,6 +108,13 @@ def _from_first(meeting: Meeting, key: str) -> str:
             f"(parallel.timeout_minutes): see its last message"
         )
     return found[0]
+
+
+def _may_pass(first: dict[str, Any], own: dict[str, Any]) -> bool:
+    """Whether a rank agrees with rank 0, or may by itself at the next attempt."""
+    keys = [key for key in {**first, **own} if first.get(key) != own.get(key)]
+    failed = (str(facts.get(key)).startswith(_NONE) for key in keys for facts in (first, own))
+    return not keys or _DEVICE in keys or any(failed)
 
 
 def _differences(first: dict[str, Any], own: dict[str, Any]) -> list[str]:
@@ -124,12 +138,15 @@ def _verdict(meeting: Meeting, differences: dict[int, str]) -> str:
             f"{_listed(absent)} told nothing within {in_words(meeting.timeout)} "
             f"(parallel.timeout_minutes): see the last message there"
         )
-    differing = [f"{describe(meeting, r)} has {text}" for r, text in differences.items() if text]
+    told = {rank: text.removeprefix(_LASTING) for rank, text in differences.items()}
+    differing = [f"{describe(meeting, rank)} has {text}" for rank, text in told.items() if text]
     if not differing:
         return ""
+    lasting = any(text.startswith(_LASTING) for text in differences.values())
     return (
-        f"{_DISAGREE}: {_listed(differing, '; ')}. Start all ranks with the same recipe "
-        f"and overrides, the same prepared data and the same installed code"
+        f"{_LASTING if lasting else ''}the ranks disagree: {_listed(differing, '; ')}. Start "
+        f"all ranks with the same recipe and overrides, the same prepared data and the same "
+        f"installed code"
     )
 
 

@@ -9,11 +9,15 @@ import torch
 
 from ttt_megatron.config.schema import RunConfig
 from ttt_megatron.data.dataset import open_dataset
+from ttt_megatron.data.index import MissingDataError
 from ttt_megatron.data.stream import TokenStream
 from ttt_megatron.data.validation import validation_sequences
-from ttt_megatron.errors import UserError
+from ttt_megatron.errors import PassingError, UserError
+from ttt_megatron.parallel.accounts import device_error
+from ttt_megatron.parallel.launcher import under_torchrun
 from ttt_megatron.training.checkpoint_folder import (
     CHECKPOINTS,
+    list_checkpoints,
     newest_complete,
     read_config,
     read_info,
@@ -32,7 +36,8 @@ def resolve_run(config: RunConfig) -> RunConfig:
     Raises UserError for an engine, a fused AdamW or RMSNorm that is not installed, for CUDA graphs
     without CUDA, for data that cannot be read, has no row of the sequence length or no validation
     documents that are asked for, or needs a larger vocabulary than the model has, and for a
-    vocabulary that does not divide among the tensor-parallel processes.
+    vocabulary that does not divide among the tensor-parallel processes. It is a PassingError under
+    torchrun where a GPU is missing, or data that other nodes have or that the run has read before.
     """
     if config.optimizer.engine == "deepspeed" and find_spec("deepspeed") is None:
         raise UserError(
@@ -40,7 +45,22 @@ def resolve_run(config: RunConfig) -> RunConfig:
             "'ttt-megatron[deepspeed]', or set optimizer.engine=megatron"
         )
     _refuse_what_needs_cuda(config)
-    return with_vocabulary(config, check_data(config))
+    try:
+        return with_vocabulary(config, check_data(config))
+    except MissingDataError as error:
+        if _was_there(config):
+            raise PassingError(str(error)) from error
+        raise
+
+
+def _was_there(config: RunConfig) -> bool:
+    """Whether what is missing here is a mount rather than the recipe's mistake: torchrun's other
+    nodes may have the data, or this run has read them before."""
+    if not under_torchrun():
+        return False
+    world = os.environ["WORLD_SIZE"]
+    several = os.environ.get("LOCAL_WORLD_SIZE", world) != world
+    return several or bool(list_checkpoints(Path(config.training.output) / CHECKPOINTS))
 
 
 def check_data(config: RunConfig) -> int:
@@ -85,21 +105,30 @@ def with_vocabulary(config: RunConfig, tokens: int | None) -> RunConfig:
 
 
 def _refuse_what_needs_cuda(config: RunConfig) -> None:
-    """Raises UserError for what is asked for by name and cannot be had here."""
+    """Raises UserError for what is asked for by name and cannot be had here; where there is no GPU,
+    a `device_error`."""
     on_cuda = config.training.device != "cpu" and torch.cuda.is_available()
     if config.training.cuda_graphs and not on_cuda:
-        raise UserError(
+        message = (
             "training.cuda_graphs = true, and torch finds no CUDA device here: leave cuda_graphs "
             "out, or run where there is one"
         )
+        raise (UserError if config.training.device == "cpu" else device_error)(message)
+    try:
+        _refuse_engines(config, torch.device("cuda" if on_cuda else "cpu"))
+    except UserError as error:
+        if on_cuda or config.training.device == "cpu":
+            raise
+        raise device_error(str(error)) from error
+
+
+def _refuse_engines(config: RunConfig, device: torch.device) -> None:
     if config.training.precision == "fp8":
         float8_backend(config)
     if config.training.fused_norm not in ("auto", "ttt_kernels"):
-        device = torch.device("cuda" if on_cuda else "cpu")
         choose_norm(config.training.fused_norm, device, compute_dtype(config))
     if config.optimizer.fused not in ("auto", "torch"):
-        dtype = parameter_dtype_of(config.training.precision)
-        choose_adam(config.optimizer, torch.device("cuda" if on_cuda else "cpu"), dtype)
+        choose_adam(config.optimizer, device, parameter_dtype_of(config.training.precision))
 
 
 def check_start(config: RunConfig, *, fresh: bool) -> None:
