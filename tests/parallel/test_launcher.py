@@ -83,6 +83,13 @@ def test_a_gpu_that_is_missing_may_be_there_on_other_nodes(
     with pytest.raises(UserError, match="finds no CUDA device") as told:
         choose_device("cuda")
     assert told.type is kind
+    monkeypatch.delenv("SLURM_GPUS_ON_NODE", raising=False)
+    assert choose_device("auto").type == "cpu"
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
+    assert choose_device("cpu").type == "cpu"
+    with pytest.raises(UserError, match="the job has 8 GPUs on this node, and torch") as told:
+        choose_device("auto")
+    assert told.type is kind
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 7)
     with pytest.raises(

@@ -99,14 +99,20 @@ class Groups:
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
     """The device for `auto`, `cpu` or `cuda`.
 
-    Raises UserError if CUDA is asked for and absent, or has fewer devices than local processes:
-    a `device_error`.
+    Raises UserError if CUDA is asked for, or given to `auto` by Slurm, and absent, or has fewer
+    devices than local processes: a `device_error`.
     """
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         if torch.cuda.is_available():
             raise UserError(
                 "training.device=cpu cannot be had on a machine with CUDA, where megatron-core "
                 "puts its buffers on the GPU: set CUDA_VISIBLE_DEVICES= (empty) to train on the CPU"
+            )
+        given = os.environ.get("SLURM_GPUS_ON_NODE", "0")
+        if name == "auto" and given != "0":
+            raise device_error(
+                f"the job has {given} GPUs on this node, and torch finds none: see what nvidia-smi "
+                f"says there, or set training.device=cpu to train without them"
             )
         return torch.device("cpu")
     if not torch.cuda.is_available():
