@@ -1,7 +1,6 @@
 """What MkDocs calls while it builds the documentation: links, generated parts, further pages."""
 
 from pathlib import Path
-from typing import Any
 
 from docs_links import DOCS, LinkSite
 from docs_reference import command_reference, key_reference
@@ -17,27 +16,6 @@ GENERATED = {
     "<!-- here: all keys -->": key_reference,
     "<!-- here: all commands -->": command_reference,
 }
-
-
-def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Leaves pages out of the navigation that are listed as optional and not there."""
-    optional = config.extra["optional_pages"]
-    absent = {page for page in optional if not (Path(config.docs_dir) / page).is_file()}
-    config.nav = _without(config.nav, absent)
-    return config
-
-
-def _without(nav: Any, absent: set[str]) -> Any:
-    if isinstance(nav, dict):
-        return {title: _without(inner, absent) for title, inner in nav.items()}
-    if isinstance(nav, list):
-        return [_without(entry, absent) for entry in nav if not _is_of(entry, absent)]
-    return nav
-
-
-def _is_of(entry: Any, pages: set[str]) -> bool:
-    values = entry.values() if isinstance(entry, dict) else [entry]
-    return any(isinstance(value, str) and value in pages for value in values)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

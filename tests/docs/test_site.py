@@ -39,11 +39,10 @@ def pages_of(nav: Any) -> list[str]:
 
 def test_every_page_is_once_in_the_menu(settings: dict[str, Any]) -> None:
     listed = pages_of(settings["nav"])
-    optional = set(settings["extra"]["optional_pages"])
     there = {str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md")}
     there |= set(settings["extra"]["further_pages"].values())
     assert len(listed) == len(set(listed))
-    assert set(listed) - optional == there - optional
+    assert set(listed) == there
     for source in settings["extra"]["further_pages"]:
         assert (ROOT / source).is_file()
 
