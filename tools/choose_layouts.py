@@ -21,6 +21,7 @@ from ttt_megatron.config.layouts import (
     Layouts,
     LayoutsFile,
     read_layouts,
+    shapes_of,
     write_layouts,
 )
 from ttt_megatron.errors import UserError
@@ -83,14 +84,16 @@ def update(size: str, pattern: str, hardware: Hardware) -> Path:
     """Writes a size's file: the recipes of the pattern anew, others as they were."""
     path, recipes = RECIPES / size / LAYOUTS_FILE, published(size)
     names = [recipe.stem for recipe in recipes]
-    old = read_layouts(path).layouts if path.is_file() else {}
+    old = read_layouts(path) if path.is_file() else LayoutsFile(gpu=GPU, layouts={})
     wanted = [recipe for recipe in recipes if recipe.match(f"{pattern}.yaml")]
     new: Layouts = {(one.recipe, one.gpus, one.precision): one for one in chosen(wanted, hardware)}
-    entries = {key: one for key, one in (old | new).items() if key[0] in names}
+    entries = {key: one for key, one in (old.layouts | new).items() if key[0] in names}
     ordered = dict(
         sorted(entries.items(), key=lambda item: (names.index(item[0][0]), *item[0][1:]))
     )
-    write_layouts(path, HEADING, LayoutsFile(gpu=GPU, layouts=ordered))
+    shapes = old.shapes | {recipe.stem: shapes_of(load_recipe(recipe)) for recipe in wanted}
+    shapes = {name: shapes[name] for name in names if name in shapes}
+    write_layouts(path, HEADING, LayoutsFile(gpu=GPU, layouts=ordered, shapes=shapes))
     return path
 
 

@@ -1,6 +1,7 @@
 """The file of layouts beside recipes: read back as written, refused in words."""
 
 import os
+from dataclasses import replace
 
 import pytest
 
@@ -9,8 +10,10 @@ from ttt_megatron.config.layouts import (
     LayoutsFile,
     layout_beside,
     read_layouts,
+    shapes_of,
     write_layouts,
 )
+from ttt_megatron.config.recipe import load_recipe
 from ttt_megatron.errors import UserError
 
 FITS = ChosenLayout(
@@ -26,6 +29,7 @@ UNFIT = ChosenLayout(recipe="a", gpus=8, precision="fp8", unfit="no layout fits:
 BOTH = LayoutsFile(
     gpu="h100", layouts={(one.recipe, one.gpus, one.precision): one for one in (FITS, UNFIT)}
 )
+RECIPE = "model: {num_layers: 4, num_suffix_layers: 1}\n"
 
 
 def test_what_is_written_is_read_back_and_found_beside_a_recipe(tmp_path):
@@ -51,8 +55,28 @@ def test_a_file_that_has_changed_is_read_again(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("change", "holds"),
+    [
+        ("optimizer: {lr: 1e-3}", True),
+        ("training: {steps: 9}", True),
+        ("data: {sequence_length: 4096}", False),
+        ("inner: {chunk_size: 512}", False),
+    ],
+)
+def test_a_recipe_of_other_shapes_than_then_has_no_layout(change, holds, tmp_path):
+    recipe = tmp_path / "a.yaml"
+    recipe.write_text(RECIPE)
+    shapes = {"a": shapes_of(load_recipe(recipe))}
+    write_layouts(tmp_path / "layouts.yaml", "", replace(BOTH, shapes=shapes))
+    assert layout_beside(recipe, 8, "bf16", "h100") == FITS
+    recipe.write_text(RECIPE + change)
+    assert layout_beside(recipe, 8, "bf16", "h100") == (FITS if holds else None)
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("gpu: h100\nlayouts: []\nshapes: {a: 1}", "shapes are `recipe: value` pairs"),
         ("- 1", "layouts are a key gpu and a list layouts"),
         ("gpu: h100", "layouts are a key gpu and a list layouts"),
         ("gpu: h100\nlayouts: [1]", "entry 1: an entry is `key: value` pairs, not 1"),

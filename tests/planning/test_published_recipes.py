@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from ttt_megatron.config import load_recipe
-from ttt_megatron.config.layouts import LAYOUTS_FILE, read_layouts
+from ttt_megatron.config.layouts import LAYOUTS_FILE, read_layouts, shapes_of
 from ttt_megatron.model.parameters import count_parameters
 from ttt_megatron.planning.estimate import Estimator
 from ttt_megatron.planning.hardware import GIB, find_hardware
@@ -60,6 +60,9 @@ def test_every_recipe_has_a_layout_or_a_reason(size):
     names = {path.stem for path in (RECIPES / size).glob("*-*-*k.yaml")}
     assert len(names) == SYSTEMS * 3
     assert found.gpu == "h100"
+    assert found.shapes == {
+        name: shapes_of(load_recipe(RECIPES / size / f"{name}.yaml")) for name in names
+    }, "recipes were changed since: run tools/choose_layouts.py"
     assert set(found.layouts) == {
         (name, gpus, precision)
         for name in names

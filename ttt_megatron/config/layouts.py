@@ -1,11 +1,15 @@
 """Layouts that were chosen beforehand: the file `layouts.yaml` beside the recipes it is for."""
 
-from dataclasses import dataclass, fields
+import hashlib
+import json
+from dataclasses import dataclass, field, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ttt_megatron.config.recipe import named_keys
+from ttt_megatron.config.convert import to_flat
+from ttt_megatron.config.recipe import load_recipe, named_keys
+from ttt_megatron.config.schema import RunConfig
 from ttt_megatron.config.yaml_text import dump_yaml, parse_yaml
 from ttt_megatron.errors import UserError
 
@@ -28,6 +32,9 @@ LAYOUT_KEYS = frozenset(
     }
 )
 """What a layout sets: how processes share the work, and what each keeps in memory."""
+SHAPES = ("model.", "inner.", "training.micro_batch_size", "training.recompute_prefix")
+SIZES = ("data.sequence_length", "training.global_batch_size", "optimizer.engine")
+"""What a layout was chosen for: keys that begin with one of SHAPES, and SIZES."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,10 +74,30 @@ Layouts = dict[tuple[str, int, str], ChosenLayout]
 
 @dataclass(frozen=True, kw_only=True)
 class LayoutsFile:
-    """What a file holds, and the kind of GPU it is for."""
+    """What a file holds, the kind of GPU it is for, and `shapes_of` each recipe as it was then."""
 
     gpu: str
     layouts: Layouts
+    shapes: dict[str, str] = field(default_factory=dict)
+
+
+def shapes_of(config: RunConfig) -> str:
+    """Stands for all that a layout is chosen for: equal shapes, equal value.
+
+    Settings at their defaults are not in it, so that a new key changes nothing.
+    """
+    default = to_flat(RunConfig())
+    flat = {
+        key: value
+        for key, value in to_flat(config).items()
+        if is_shape(key) and key not in LAYOUT_KEYS and value != default[key]
+    }
+    return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def is_shape(key: str) -> bool:
+    """Whether a layout is chosen for this key's value."""
+    return key.startswith(SHAPES) or key in SIZES
 
 
 def read_layouts(path: Path) -> LayoutsFile:
@@ -98,7 +125,17 @@ def read_layouts(path: Path) -> LayoutsFile:
                 "remove one"
             )
         found[key] = entry
-    return LayoutsFile(gpu=data["gpu"], layouts=found)
+    return LayoutsFile(gpu=data["gpu"], layouts=found, shapes=_shapes(data, str(path)))
+
+
+def _shapes(data: dict[str, Any], source: str) -> dict[str, str]:
+    found = data.get("shapes", {})
+    if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()):
+        raise UserError(
+            f"{source}: shapes are `recipe: value` pairs; write the file anew with "
+            "tools/choose_layouts.py"
+        )
+    return found
 
 
 def _entry(row: Any, source: str) -> ChosenLayout:
@@ -137,15 +174,16 @@ def write_layouts(path: Path, heading: str, file: LayoutsFile) -> None:
         rows.append({name: value for name, value in values.items() if value is not None})
     comment = "".join(f"# {line}\n" for line in heading.splitlines())
     beside = path.with_name(f".{path.name}.tmp")
-    text = comment + dump_yaml({"gpu": file.gpu, "layouts": rows})
+    text = comment + dump_yaml({"gpu": file.gpu, "shapes": file.shapes, "layouts": rows})
     beside.write_text(text, encoding="utf-8")
     beside.replace(path)
 
 
 def layout_beside(recipe: Path, gpus: int, precision: str, gpu: str) -> ChosenLayout | None:
-    """The layout chosen for a recipe in the file beside it; None where none was chosen.
+    """The layout chosen for a recipe in the file beside it; None where none was chosen, or the
+    recipe has had other shapes since.
 
-    Raises as `read_layouts` does.
+    Raises as `read_layouts` and `load_recipe` do.
     """
     path = recipe.with_name(LAYOUTS_FILE)
     if not path.is_file():
@@ -153,7 +191,11 @@ def layout_beside(recipe: Path, gpus: int, precision: str, gpu: str) -> ChosenLa
     file = _read_once(path.resolve(), path.stat().st_mtime_ns)
     if file.gpu != gpu:
         return None
-    return file.layouts.get((recipe.stem, gpus, precision))
+    chosen = file.layouts.get((recipe.stem, gpus, precision))
+    shapes = file.shapes.get(recipe.stem)
+    if chosen is None or shapes is None or shapes_of(load_recipe(recipe)) == shapes:
+        return chosen
+    return None
 
 
 @cache

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ttt_megatron.config.layouts import LAYOUTS_FILE, layout_beside
+from ttt_megatron.config.layouts import LAYOUTS_FILE, is_shape, layout_beside
 from ttt_megatron.config.recipe import load_recipe, named_keys
 from ttt_megatron.config.schema import RunConfig
 from ttt_megatron.errors import UserError
@@ -23,8 +23,6 @@ OWN_LAYOUT = frozenset(
     }
 )
 """Keys by which a recipe or an override says itself how processes share the work."""
-_SHAPES = ("model.", "inner.", "training.micro_batch_size", "training.recompute_prefix")
-_SIZES = ("data.sequence_length", "training.global_batch_size", "optimizer.engine")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,10 +67,10 @@ def chosen_before(
 ) -> list[str] | None:
     """The settings that `layouts.yaml` beside a recipe holds for so many GPUs of a kind.
 
-    None where it holds none, or an override changes what they were chosen for. Raises UserError as
-    `layout_beside` does, and where the file says that none fits.
+    None where it holds none, or an override, or the recipe itself since, changes what they were
+    chosen for. Raises UserError as `layout_beside` does, and where the file says that none fits.
     """
-    if any(key.startswith(_SHAPES) or key in _SIZES for key in named_keys(None, overrides)):
+    if any(is_shape(key) for key in named_keys(None, overrides)):
         return None
     chosen = layout_beside(recipe, gpus, precision, gpu)
     if chosen is None:
