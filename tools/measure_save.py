@@ -1,7 +1,7 @@
 """How long a checkpoint keeps training from going on, written at once and in the background.
 
     python tools/measure_save.py [--processes 2] [--hidden 768] [--layers 12] [--saves 3]
-    python tools/measure_save.py --interval 50 --hidden 512 --layers 8
+    python tools/measure_save.py --interval 50 --hidden 256 --layers 4 --length 512 --saves 8
 
 Trains a model on random text twice, the second time with training.async_save. A checkpoint is saved
 before every second interval of steps, so that an interval with a checkpoint and one without are
@@ -24,8 +24,6 @@ from ttt_megatron.config import RunConfig, from_dict
 from ttt_megatron.data.prepare import PrepareOptions, prepare
 from ttt_megatron.parallel.launcher import launch
 from ttt_megatron.training.preflight import resolve_run
-
-SEQUENCE_LENGTH = 128
 
 
 def make_data(folder: Path) -> Path:
@@ -50,7 +48,7 @@ def run_config(options: argparse.Namespace, data: Path, output: Path, background
         "hidden_size": options.hidden,
         "num_heads": options.hidden // 64,
         "ffn_hidden_size": 8 * options.hidden // 3,
-        "window_size": SEQUENCE_LENGTH,
+        "window_size": 128,
     }
     training = {
         "steps": 2 * options.interval * (options.saves + 1) + 1,
@@ -64,8 +62,8 @@ def run_config(options: argparse.Namespace, data: Path, output: Path, background
     }
     values = {
         "model": sizes,
-        "inner": {"chunk_size": SEQUENCE_LENGTH // 2, "lr": 0.1},
-        "data": {"path": str(data), "sequence_length": SEQUENCE_LENGTH},
+        "inner": {"chunk_size": 64, "lr": 0.1},
+        "data": {"path": str(data), "sequence_length": options.length},
         "training": training,
         "parallel": {"data": options.processes},
         "tracking": {"mlflow": False, "progress": False},
@@ -126,6 +124,7 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=2, help="data-parallel processes")
     parser.add_argument("--hidden", type=int, default=768, help="model width, a multiple of 64")
     parser.add_argument("--layers", type=int, default=12, help="blocks")
+    parser.add_argument("--length", type=int, default=128, help="tokens of a process's sequence")
     parser.add_argument("--saves", type=int, default=3, help="checkpoints that are measured")
     parser.add_argument("--interval", type=int, default=6, help="steps from save to save")
     options = parser.parse_args()
