@@ -15,9 +15,9 @@ import psutil
 import torch
 
 from ttt_megatron.resilience.events import Event, read_events
-from ttt_megatron.training.callbacks.metrics_log import METRICS_FILE, read_metrics
 from ttt_megatron.training.checkpoint_folder import CHECKPOINTS, list_checkpoints, read_info
 from ttt_megatron.training.manifest import find_damage
+from ttt_megatron.training.metrics_file import METRICS_FILE, read_metrics
 from ttt_megatron.training.weights import read_weights
 
 STEPS = 40

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from ttt_megatron.errors import UserError
-from ttt_megatron.training.callbacks.metrics_log import METRICS_FILE, read_metrics
+from ttt_megatron.training.metrics_file import METRICS_FILE, read_metrics
 
 ROWS = 8
 """Steps shown in the table."""

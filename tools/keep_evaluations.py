@@ -13,9 +13,9 @@ import sys
 from pathlib import Path
 
 from ttt_megatron.errors import UserError
-from ttt_megatron.training.callbacks.metrics_log import METRICS_FILE
 from ttt_megatron.training.checkpoint_folder import CHECKPOINTS, INFO, RECIPE
 from ttt_megatron.training.manifest import write_manifest
+from ttt_megatron.training.metrics_file import METRICS_FILE
 from ttt_megatron.training.preflight import find_resumable
 
 EVALUATION = "evaluation"

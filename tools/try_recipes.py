@@ -118,7 +118,7 @@ def small(path: Path, folder: Path) -> RunConfig:
 
 def try_recipes(wanted: Sequence[str], folder: Path) -> Iterator[Trial]:
     """Trains the recipes one after the other, and what they start from; each told of as it ends."""
-    from ttt_megatron.training.callbacks.metrics_log import METRICS_FILE, read_metrics
+    from ttt_megatron.training.metrics_file import METRICS_FILE, read_metrics
     from ttt_megatron.training.run import run_training
 
     paths = runs()

@@ -94,10 +94,19 @@ def test_others_are_not_sent_to_their_own_loopback(
     monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     handler = signal.getsignal(signal.SIGTERM)
     try:
-        assert main(["--nnodes", nodes, "--rdzv-endpoint", "node-1:29400", "x.py"]) == 0
+        for words in (
+            ["--nnodes", nodes, "--rdzv-endpoint", "node-1:29400", "x.py"],
+            [f"--nnodes={nodes}", "--rdzv_endpoint=node-1", "x.py", "--nnodes", "9"],
+        ):
+            given.clear()
+            assert main(words) == 0
+            assert given[given.index("--local-addr") + 1].startswith(address)
+            assert given[-len(words) :] == words
+            given.clear()
+            assert main(["--local-addr=10.0.0.7", *words]) == 0
+            assert "--local-addr" not in given, "what is said stands"
     finally:
         signal.signal(signal.SIGTERM, handler)
-    assert given[given.index("--local-addr") + 1].startswith(address)
 
 
 @pytest.mark.slow

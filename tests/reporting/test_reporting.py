@@ -101,7 +101,7 @@ def test_what_was_read_of_other_documents_is_refused(swept, tmp_path):
     _evaluate(runs[1], "--documents", "2")
     with pytest.raises(UserError) as caught:
         make_report(find_subjects([f"a={runs[0]}", f"b={runs[1]}"]), "t", None)
-    assert "read different documents" in str(caught.value)
+    assert "did not measure the same, but differ in documents" in str(caught.value)
     assert str(runs[1] / "evaluation" / "by_position.json") in str(caught.value)
     (runs[0] / "evaluation" / "by_position.json").write_text("[]")
     with pytest.raises(UserError, match="is no result of `ttt-megatron evaluate`"):

@@ -23,7 +23,7 @@ from ttt_megatron.sweeps.sweep_file import read_sweep
 from ttt_megatron.sweeps.tables import as_csv, write_results
 from ttt_megatron.sweeps.tracking import track_points
 from ttt_megatron.tracking.state import read_tracking
-from ttt_megatron.training.callbacks.metrics_log import METRICS_FILE
+from ttt_megatron.training.metrics_file import METRICS_FILE
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from typing import Any
 
 from ttt_megatron.config import RunConfig, from_dict
 from ttt_megatron.data.prepare import PrepareOptions, prepare
-from ttt_megatron.training.callbacks.metrics_log import METRICS_FILE
+from ttt_megatron.training.metrics_file import METRICS_FILE
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "model": {

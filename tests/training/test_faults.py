@@ -17,9 +17,10 @@ from ttt_megatron.errors import UserError
 from ttt_megatron.parallel.groups import process_groups
 from ttt_megatron.resilience.events import read_events
 from ttt_megatron.training.callbacks import Callback
-from ttt_megatron.training.callbacks.metrics_log import MetricsLog, read_metrics
+from ttt_megatron.training.callbacks.metrics_log import MetricsLog
 from ttt_megatron.training.callbacks.slow_ranks import SlowRanks, Times
 from ttt_megatron.training.checkpoint_folder import list_checkpoints
+from ttt_megatron.training.metrics_file import read_metrics
 from ttt_megatron.training.records import StepRecord
 from ttt_megatron.training.run import build_trainer
 from ttt_megatron.training.spikes import LossWindow

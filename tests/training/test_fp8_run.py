@@ -16,8 +16,8 @@ from ttt_kernels.fp8_linear.scaling import ROLES
 from ttt_megatron.config import ParallelConfig, RunConfig
 from ttt_megatron.errors import UserError
 from ttt_megatron.parallel.groups import layout, process_groups, processes
-from ttt_megatron.training.callbacks.metrics_log import METRICS_FILE
 from ttt_megatron.training.checkpoint_folder import CHECKPOINTS
+from ttt_megatron.training.metrics_file import METRICS_FILE
 from ttt_megatron.training.preflight import resolve_run
 from ttt_megatron.training.run import build_trainer, run_training
 from ttt_megatron.training.weights import read_weights

@@ -13,8 +13,8 @@ from small_run import small_run
 
 from ttt_megatron.config import RunConfig
 from ttt_megatron.parallel.groups import layout, processes
-from ttt_megatron.training.callbacks.metrics_log import METRICS_FILE
 from ttt_megatron.training.checkpoint_folder import CHECKPOINTS
+from ttt_megatron.training.metrics_file import METRICS_FILE
 from ttt_megatron.training.run import build_trainer, run_training
 from ttt_megatron.training.weights import read_weights
 

@@ -18,8 +18,8 @@ def needed_mounts(
 
     Of each run its output's, and the one that holds it, its data's, and that of what it starts
     from; of each recipe's file, of the recipes it extends and of the files `others` those that hold
-    them. A folder that a link leads to is there too, so that a link
-    within the work folder leads somewhere. None has to exist yet.
+    them. A folder that a link leads to is there too, so that a link within the work folder leads
+    somewhere. None has to exist yet.
 
     Raises UserError for a recipe that cannot be read.
     """

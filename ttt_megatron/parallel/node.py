@@ -22,6 +22,7 @@ _OWN_STORES = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 _PATIENCE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 # Longer than any step with its checkpoint; processes that hang end by faults.hang_minutes.
 _PATIENCE_SECONDS = 3600
+_TORCHRUNS_PORT = 29400
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -32,6 +33,7 @@ def main(arguments: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException, SubprocessHandler
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
+    from torch.distributed.run import parse_args
 
     asked, killed = False, False
     close = SubprocessHandler.close
@@ -51,10 +53,10 @@ def main(arguments: Sequence[str]) -> int:
     SubprocessHandler.close = noting_close  # type: ignore[method-assign]
     os.environ.setdefault(_OWN_STORES, "1")
     os.environ.setdefault(_PATIENCE, str(_PATIENCE_SECONDS))
-    if "--local-addr" not in arguments and "--rdzv-endpoint" in arguments:
-        endpoint = arguments[arguments.index("--rdzv-endpoint") + 1]
-        address = own_address(endpoint, alone=not _several_nodes(arguments))
-        arguments = ["--local-addr", address, *arguments]
+    known = parse_args(list(arguments))
+    if known.rdzv_endpoint and not known.local_addr:
+        alone = known.nnodes.rpartition(":")[2] == "1"
+        arguments = ["--local-addr", own_address(known.rdzv_endpoint, alone=alone), *arguments]
     try:
         # That torchrun does not take SIGTERM from the handler above.
         torchrun(["--signals-to-handle", signal.SIGINT.name, *arguments])
@@ -75,7 +77,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def own_address(endpoint: str, *, alone: bool) -> str:
-    """This node's address as the endpoint `host:port` sees it, for the other nodes to dial.
+    """This node's address as the endpoint `host[:port]` sees it, for the other nodes to dial.
 
     A node's own name need not lead the others to it. Where the endpoint's name means a loopback
     address here, as 127.0.1.1 in Debian's /etc/hosts does, this node is the endpoint and others
@@ -83,22 +85,17 @@ def own_address(endpoint: str, *, alone: bool) -> str:
 
     Raises OSError for a host that is not known.
     """
-    host, _, port = endpoint.rpartition(":")
-    found = socket.getaddrinfo(host, int(port), type=socket.SOCK_DGRAM)
+    from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
+
+    host, port = parse_rendezvous_endpoint(endpoint, _TORCHRUNS_PORT)
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)
     family, kind, protocol, _, address = found[0]
     with socket.socket(family, kind, protocol) as probe:
         # Nothing is sent: it only chooses the way.
         probe.connect(address)
         found_here = str(probe.getsockname()[0])
     loopback = ipaddress.ip_address(found_here.partition("%")[0]).is_loopback
-    return host.strip("[]") if loopback and not alone else found_here
-
-
-def _several_nodes(arguments: Sequence[str]) -> bool:
-    """Whether `--nnodes N`, or MIN:MAX, may be more than one."""
-    if "--nnodes" not in arguments:
-        return False
-    return int(arguments[arguments.index("--nnodes") + 1].rpartition(":")[2]) > 1
+    return host if loopback and not alone else found_here
 
 
 def _death(exit_code: int) -> str:

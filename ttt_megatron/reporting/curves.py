@@ -7,18 +7,18 @@ from typing import Any
 
 import numpy as np
 
-from ttt_megatron.errors import UserError
 from ttt_megatron.evaluation.formatting import mean_cell
 from ttt_megatron.evaluation.statistics import BucketSums
 from ttt_megatron.evaluation.task_report import Grid
 from ttt_megatron.reporting.curve_plot import Curve, Layout, draw_gaps, draw_losses
-from ttt_megatron.reporting.evaluations import Evaluation, read_evaluation
+from ttt_megatron.reporting.evaluations import Evaluation, common_ways, group_evaluations
 from ttt_megatron.reporting.runs import Group
+from ttt_megatron.reporting.same_measurement import refuse_other_measurements
 from ttt_megatron.reporting.section import Section
 from ttt_megatron.reporting.seeds import LEGEND, SeedCurve
 from ttt_megatron.sweeps.state import POSITION
 
-_FINGERPRINT = "data_fingerprint"
+_OPTIONS = "--length, --documents and --last"
 
 
 def _position_sums(values: dict[str, Any]) -> dict[str, BucketSums]:
@@ -68,13 +68,12 @@ def curves_section(
 
     Raises UserError if two evaluations read different documents.
     """
-    found = {group.label: _evaluations(group, layout.task) for group in groups}
+    found = {group.label: group_evaluations(group, layout.task) for group in groups}
     found = {label: evaluations for label, evaluations in found.items() if evaluations}
     if not found:
         return None
     everything = [one for evaluations in found.values() for one in evaluations]
-    for other in everything[1:]:
-        _check_same_documents(everything[0], other, layout)
+    refuse_other_measurements(everything, partial(_measured, layout), _OPTIONS)
     values = everything[0].values
     curves = [curve for label, each in found.items() for curve in _curves(label, each, layout)]
     chosen = next((c for c in curves if c.main and c.group == reference), curves[0])
@@ -111,29 +110,18 @@ def _what(values: dict[str, Any], layout: Layout) -> str:
     return f"Nats a token on {documents} held-out documents"
 
 
-def _evaluations(group: Group, task: str) -> list[Evaluation]:
-    """Of those of a group's seeds that were evaluated."""
-    return [found for run in group.runs if (found := read_evaluation(run, task)) is not None]
-
-
-def _check_same_documents(first: Evaluation, other: Evaluation, layout: Layout) -> None:
-    same = (
-        first.about.get(_FINGERPRINT) == other.about.get(_FINGERPRINT)
-        and first.values["documents"] == other.values["documents"]
-        and layout.labels(first.values) == layout.labels(other.values)
-        and first.values.get("last") == other.values.get("last")
-    )
-    if not same:
-        raise UserError(
-            f"{other.path} and {first.path} read different documents, or other parts of them: "
-            "evaluate both with the same data, lengths and number of documents"
-        )
+def _measured(layout: Layout, one: Evaluation) -> dict[str, Any]:
+    """Which tokens were measured."""
+    return {
+        "documents": one.values["documents"],
+        f"{layout.column}s": layout.labels(one.values),
+        "last": one.values.get("last"),
+    }
 
 
 def _curves(label: str, evaluations: Sequence[Evaluation], layout: Layout) -> list[Curve]:
     sums = {one.run.config.training.seed: layout.sums(one.values) for one in evaluations}
-    first, *others = sums.values()
-    ways = [way for way in first if all(way in each for each in others)]
+    ways = common_ways(list(sums.values()))
     return [
         Curve(
             group=label,

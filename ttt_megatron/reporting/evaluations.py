@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,16 @@ def read_evaluation(run: ReportedRun, task: str) -> Evaluation | None:
             f"`{command(run, task)}` again"
         )
     return Evaluation(run=run, path=path, values=values)
+
+
+def group_evaluations(group: Group, task: str) -> list[Evaluation]:
+    """A task's results of those of a group's seeds that were evaluated. Raises as above."""
+    return [found for run in group.runs if (found := read_evaluation(run, task)) is not None]
+
+
+def common_ways(each: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Ways of reading that all have, in the first one's order; none of nothing."""
+    return [way for way in each[0] if all(way in ways for ways in each)] if each else []
 
 
 def command(run: ReportedRun, task: str) -> str:

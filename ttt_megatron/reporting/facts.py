@@ -11,8 +11,8 @@ from ttt_megatron.planning.step_work import step_work
 from ttt_megatron.reporting.runs import Group, ReportedRun
 from ttt_megatron.reporting.section import Section
 from ttt_megatron.sweeps.results import seed_mean
-from ttt_megatron.training.callbacks.metrics_log import METRICS_FILE, read_metrics
 from ttt_megatron.training.flops import model_flops_per_token
+from ttt_megatron.training.metrics_file import METRICS_FILE, read_metrics
 
 _TEXT = (
     "Model FLOPs are those of a plain step of the same architecture; those executed, inner steps "

@@ -12,7 +12,7 @@ from ttt_megatron.evaluation.needle import NeedleCell, ScoreByReach, score_by_re
 from ttt_megatron.evaluation.needle_text import KINDS
 from ttt_megatron.evaluation.statistics import Mean
 from ttt_megatron.evaluation.task_report import Grid
-from ttt_megatron.reporting.evaluations import Evaluation, read_evaluation
+from ttt_megatron.reporting.evaluations import Evaluation, common_ways, group_evaluations
 from ttt_megatron.reporting.runs import Group
 from ttt_megatron.reporting.same_measurement import refuse_other_measurements
 from ttt_megatron.reporting.section import Panel, Section
@@ -34,11 +34,11 @@ def needle_section(groups: Sequence[Group]) -> Section | None:
     rows: list[list[str]] = []
     panels: list[Panel] = []
     metrics: dict[str, float] = {}
-    labelled = [(group.label, _evaluations(group)) for group in groups]
+    labelled = [(group.label, group_evaluations(group, "needle")) for group in groups]
     everything = [one for _, found in labelled for one in found]
     refuse_other_measurements(everything, _measured, _OPTIONS)
     for group, found in labelled:
-        for number, way in enumerate(_common_ways(found)):
+        for number, way in enumerate(common_ways([one.values["ways"] for one in found])):
             for task in found[0].values["ways"][way]["by_reach"]:
                 label = f"{group}, {way}, {task}"
                 rows.append([label, *_by_reach(found, way, task)])
@@ -55,17 +55,6 @@ def needle_section(groups: Sequence[Group]) -> Section | None:
         panels=panels,
         metrics=metrics,
     )
-
-
-def _evaluations(group: Group) -> list[Evaluation]:
-    """Of those of a group's seeds that were evaluated."""
-    return [found for run in group.runs if (found := read_evaluation(run, "needle")) is not None]
-
-
-def _common_ways(found: Sequence[Evaluation]) -> list[str]:
-    """Ways of reading that all have; none of no evaluations."""
-    each = [one.values["ways"] for one in found]
-    return [way for way in each[0] if all(way in ways for ways in each)] if each else []
 
 
 def _measured(one: Evaluation) -> dict[str, Any]:

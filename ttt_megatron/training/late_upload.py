@@ -13,10 +13,10 @@ from ttt_megatron.tracking.recorder import now_ms
 from ttt_megatron.tracking.state import read_state
 from ttt_megatron.tracking.store import in_words, tracking_uri
 from ttt_megatron.tracking.uploader import Uploader
-from ttt_megatron.training.callbacks.metrics_log import METRICS_FILE, read_metrics
 from ttt_megatron.training.callbacks.tracking import settings_records
 from ttt_megatron.training.checkpoint_folder import CHECKPOINTS, read_config, read_info
 from ttt_megatron.training.lineage import lineage_of_start
+from ttt_megatron.training.metrics_file import METRICS_FILE, read_metrics
 from ttt_megatron.training.preflight import find_resumable
 
 

@@ -32,7 +32,6 @@ from ttt_megatron.tracking.state import TRACKING_FILE
 from ttt_megatron.tracking.store import tracking_uri
 from ttt_megatron.training.agreement import own_facts, require_agreement
 from ttt_megatron.training.callbacks import build_callbacks
-from ttt_megatron.training.callbacks.metrics_log import METRICS_FILE
 from ttt_megatron.training.callbacks.watchdog import STACKS
 from ttt_megatron.training.checkpoint import RunParts, load_checkpoint
 from ttt_megatron.training.checkpoint_folder import (
@@ -45,6 +44,7 @@ from ttt_megatron.training.engines import build_engine
 from ttt_megatron.training.float8 import float8_scales
 from ttt_megatron.training.fused_norm import choose_norm
 from ttt_megatron.training.initial_weights import start_from
+from ttt_megatron.training.metrics_file import METRICS_FILE
 from ttt_megatron.training.precision import compute_dtype
 from ttt_megatron.training.preflight import find_resumable
 from ttt_megatron.training.recurrences import use_recurrences

@@ -12,13 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ttt_megatron.training.callbacks.base import Callback
-from ttt_megatron.training.metrics_file import METRICS_FILE, cut_metrics, read_metrics
+from ttt_megatron.training.metrics_file import METRICS_FILE, cut_metrics
 
 if TYPE_CHECKING:
     from ttt_megatron.training.records import StepRecord
     from ttt_megatron.training.trainer import Trainer
-
-__all__ = ["METRICS_FILE", "MetricsLog", "read_metrics"]
 
 logger = logging.getLogger(__name__)
 

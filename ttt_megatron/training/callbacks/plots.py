@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ttt_megatron.training.callbacks.base import Callback
-from ttt_megatron.training.callbacks.metrics_log import METRICS_FILE, read_metrics
+from ttt_megatron.training.metrics_file import METRICS_FILE, read_metrics
 
 if TYPE_CHECKING:
     from ttt_megatron.training.trainer import Trainer

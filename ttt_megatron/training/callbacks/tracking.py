@@ -21,8 +21,8 @@ from ttt_megatron.tracking.store import tracking_uri
 from ttt_megatron.tracking.upload_thread import UploadThread
 from ttt_megatron.tracking.uploader import Uploader
 from ttt_megatron.training.callbacks.base import Callback
-from ttt_megatron.training.callbacks.metrics_log import METRICS_FILE, read_metrics
 from ttt_megatron.training.lineage import lineage_of_start
+from ttt_megatron.training.metrics_file import METRICS_FILE, read_metrics
 
 if TYPE_CHECKING:
     from ttt_megatron.resilience.events import Event

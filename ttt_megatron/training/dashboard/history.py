@@ -12,8 +12,8 @@ from ttt_megatron.evaluation.report import PositionReport, read_report
 from ttt_megatron.planning.hardware import NAMED
 from ttt_megatron.planning.units import compute_precision
 from ttt_megatron.tracking.journal import EVENT, JOURNAL_FILE, TAGS, Record, read_records
-from ttt_megatron.training.callbacks.metrics_log import METRICS_FILE, read_metrics
 from ttt_megatron.training.checkpoint_folder import CHECKPOINTS, list_checkpoints, read_config
+from ttt_megatron.training.metrics_file import METRICS_FILE, read_metrics
 from ttt_megatron.training.preflight import find_resumable
 
 _EVALUATION = Path("evaluation") / "by_position.json"
